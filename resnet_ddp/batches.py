@@ -1,0 +1,117 @@
+"""Which images an iteration sees: a pure function of (recipe, seed, iteration), shared out by rank.
+
+The training set is gone through in passes, each in an order of its own (a permutation keyed by seed
+and pass), laid end to end: every batch is exactly `batch_size` images, and one that begins in a
+pass may end in the next. Within a pass each image comes exactly once.
+
+Shapes: N images in the training file, n of them trained on, B images in a global batch, b this
+rank's share of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_ddp.augment import Normalisation, as_network_input, crop_and_flip, draw
+from resnet_ddp.counter_rng import Stream, philox4x32
+from resnet_ddp.recipe import Recipe
+
+
+def permutation(
+    size: int, *, seed: int, stream: Stream, pass_number: int = 0, device: torch.device | str
+) -> Tensor:
+    """Return a permutation of 0..size-1 (int64): the order of `size` keyed 62-bit numbers."""
+    numbers = torch.arange(size, device=device)
+    zero = torch.zeros_like(numbers)
+    high, low, _, _ = philox4x32((zero + pass_number, numbers, zero, zero), (seed, stream))
+    # Ties (odds about 1e-10 a pass) go by number, so the order is defined on every device.
+    return torch.argsort((high << 31) | (low >> 1), stable=True)
+
+
+def split(recipe: Recipe, num_images: int) -> tuple[Tensor, Tensor]:
+    """Return the image numbers trained on and those held out, each ascending (int64).
+
+    The split belongs to the recipe and not to the seed: every seed of a grid is validated on the
+    same images.
+    """
+    order = permutation(num_images, seed=0, stream=Stream.SPLIT, device="cpu")
+    num_val = recipe.num_val(num_images)
+    return order[num_val:].sort().values, order[:num_val].sort().values
+
+
+def sample_order(
+    recipe: Recipe, *, seed: int, samples: Tensor, device: torch.device | str
+) -> Tensor:
+    """Return the image numbers of all batches, (iterations, B) int32.
+
+    Args:
+        samples: (n,) the image numbers trained on.
+    """
+    total = recipe.iterations * recipe.batch_size
+    samples = samples.to(device=device, dtype=torch.int32)
+    passes = [
+        samples[
+            permutation(
+                len(samples),
+                seed=seed,
+                stream=Stream.ORDER,
+                pass_number=number,
+                device=device,
+            )
+        ]
+        for number in range(-(-total // len(samples)))
+    ]
+    return torch.cat(passes)[:total].view(recipe.iterations, recipe.batch_size)
+
+
+def share(batch_size: int, *, rank: int, world_size: int) -> slice:
+    """Return which places of the global batch are this rank's; shares differ by one at the most."""
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+class Batches:
+    """`batches(iteration)` -> this rank's images and labels, made on the device.
+
+    Args:
+        images: (N, 32, 32, 3) uint8, the whole training file, on the device.
+        labels: (N,) int64, on the device.
+        samples: (n,) int64, the image numbers to train on.
+        normalise: of the recipe and this data.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        seed: int,
+        images: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        normalise: Normalisation,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.recipe = recipe
+        self.seed = seed
+        self.images = images
+        self.labels = labels
+        self.normalise = normalise
+        self.samples_per_pass = len(samples)
+        # 33 MB for 64,000 iterations; with it, picking a batch is one look-up on the device.
+        self.order = sample_order(recipe, seed=seed, samples=samples, device=images.device)
+        self.share = share(recipe.batch_size, rank=rank, world_size=world_size)
+        self.places = torch.arange(recipe.batch_size, device=images.device)[self.share]
+
+    def samples_at(self, iteration: int) -> Tensor:
+        """Return this rank's image numbers of one iteration, (b,) int64."""
+        return self.order[iteration, self.share].long()
+
+    def __call__(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """Return images (b, 3, 32, 32) float32, channels-last, and labels (b,) int64."""
+        samples = self.samples_at(iteration)
+        passes = (iteration * self.recipe.batch_size + self.places) // self.samples_per_pass
+        draws = draw(self.recipe, seed=self.seed, passes=passes, samples=samples)
+        images = self.normalise(self.images[samples])
+        images = crop_and_flip(images, draws, self.recipe.padding)
+        return as_network_input(images), self.labels[samples]

@@ -1,0 +1,117 @@
+"""The command line: `resnet-ddp prepare | train`, and `train.py` behind a launcher.
+
+A wrong command line, unfit data and a run that is done are answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resnet_ddp import __version__, datasets
+from resnet_ddp.exits import Exit, ExitCode
+from resnet_ddp.options import Parser, TrainOptions, add_options, option, read_options
+from resnet_ddp.recipe import RECIPES
+from resnet_ddp.runs import Cell, RunDirectory
+
+DATA_ROOT = Path("data")  # where data sets known by name lie
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Turn images on disk into a prepared directory: train.beton, test.beton, dataset.json."""
+
+    source: str = option(
+        metavar="SOURCE", choices=("folder",), help="folder: train|test/<class>/*.png|jpg"
+    )
+    from_: str = option(
+        None, metavar="PATH", required=True, help="the folder, or a .tar, .tar.gz, .tar.xz or .zip"
+    )
+    to: str = option(None, metavar="DIR", required=True, help="the directory to make")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `resnet-ddp` and return its exit code."""
+    parser = Parser(prog="resnet-ddp", description=sys.modules["resnet_ddp"].__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for name, options, run in (
+        ("prepare", PrepareOptions, prepare),
+        ("train", TrainOptions, train),
+    ):
+        help_line = (options.__doc__ or "").strip()
+        command = commands.add_parser(name, help=help_line, description=help_line)
+        add_options(command, options)
+        command.set_defaults(run=run, options=options)
+    return _run(parser, argv)
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run `train.py`, which is `resnet-ddp train` for launchers, and return its exit code."""
+    parser = Parser(prog="train.py", description=TrainOptions.__doc__)
+    add_options(parser, TrainOptions)
+    parser.set_defaults(run=train, options=TrainOptions)
+    return _run(parser, argv)
+
+
+def _run(parser: Parser, argv: Sequence[str] | None) -> int:
+    namespace: argparse.Namespace = parser.parse_args(argv)
+    run: Callable[[object], ExitCode] = namespace.run
+    try:
+        return int(run(read_options(namespace, namespace.options)))
+    except Exit as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return int(error.code)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def prepare(options: PrepareOptions) -> ExitCode:
+    """Prepare a data set."""
+    from resnet_ddp.sources import prepare_folder
+
+    print(prepare_folder(Path(options.from_), Path(options.to)))
+    return ExitCode.DONE
+
+
+def train(options: TrainOptions) -> ExitCode:
+    """Train one run, unless it is done."""
+    data_directory = find_data(options.data)
+    name, data_sha256 = datasets.recorded_name_and_hash(data_directory)
+    recipe = RECIPES[options.recipe]
+    grid = options.grid or f"{name}-{recipe.name}"
+    cell = Cell(grid, options.model, options.seed, recipe, data_sha256)
+    directory = RunDirectory(Path(options.runs), cell)
+    directory.check_identity()
+    if directory.result() is None:
+        from resnet_ddp.trainer import train as train_run
+
+        code = train_run(options, directory, lambda: datasets.load_dataset(data_directory))
+        if code is not ExitCode.DONE:
+            return code
+    print(result_line(directory))
+    return ExitCode.DONE
+
+
+def find_data(data: str) -> Path:
+    """Return the prepared directory behind `--data`; what has only a name is made on first use."""
+    if data == "shapes":
+        directory = DATA_ROOT / data
+        if not datasets.is_prepared(directory):
+            from resnet_ddp.shapes import prepare_shapes
+
+            prepare_shapes(directory)
+        return directory
+    return DATA_ROOT / data if data == "cifar10" else Path(data)
+
+
+def result_line(directory: RunDirectory) -> str:
+    """Say how a finished run came out."""
+    result = directory.result() or {}
+    rate = result.get("test_error_rate")
+    error = f"{rate:.2%}" if isinstance(rate, float) else "unknown"
+    return f"done: test error {error} after {result.get('iterations')} iterations, {directory.path}"

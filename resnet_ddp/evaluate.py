@@ -1,0 +1,46 @@
+"""Exact error rates: every image counted once, in the same blocks whatever the number of processes.
+
+Shapes: N images in a file, n of them evaluated.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from resnet_ddp.augment import Normalisation, as_network_input
+
+BLOCK = 500  # images in a forward pass: fixed, so that rounding does not depend on the processes
+
+
+@torch.no_grad()
+def error_rate(
+    model: nn.Module,
+    *,
+    images: Tensor,
+    labels: Tensor,
+    samples: Tensor,
+    normalise: Normalisation,
+    accelerator: Accelerator,
+) -> float:
+    """Return the fraction of the chosen images that the model labels wrongly.
+
+    Every process calls it, with the unwrapped module; block k is computed by process k mod W.
+
+    Args:
+        images: (N, 32, 32, 3) uint8.
+        labels: (N,) int64.
+        samples: (n,) int64, the image numbers to evaluate, un-augmented.
+    """
+    was_training = model.training
+    model.eval()
+    errors = torch.zeros((), dtype=torch.int64, device=images.device)
+    blocks = torch.split(samples.to(images.device), BLOCK)
+    for block in blocks[accelerator.process_index :: accelerator.num_processes]:
+        with accelerator.autocast():
+            logits = model(as_network_input(normalise(images[block])))
+        errors += (logits.argmax(dim=1) != labels[block]).sum()
+    model.train(was_training)
+    total: Tensor = accelerator.reduce(errors, reduction="sum")
+    return int(total) / len(samples)  # device synchronisation

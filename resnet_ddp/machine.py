@@ -1,0 +1,126 @@
+"""What this machine is, and what suits it: device, precision, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+from resnet_ddp import __version__
+from resnet_ddp.exits import UserError
+
+
+def pick_device(requested: str) -> str:
+    """Return "cuda", "mps" or "cpu"; "auto" takes the first of them that is there.
+
+    Raises:
+        UserError: if the requested device is not there.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if requested == "auto":
+        return next(name for name, is_there in present.items() if is_there)
+    if not present[requested]:
+        there = ", ".join(name for name, is_there in present.items() if is_there)
+        raise UserError(f"--device {requested}: not on this machine, which has: {there}")
+    return requested
+
+
+def pick_precision(device: str) -> str:
+    """Return "bf16" where the hardware multiplies bf16 fast, else "fp32"."""
+    if device == "cuda":
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+    elif device == "cpu":
+        # AVX512 without its bf16 extension would only emulate. Other processors: not measured.
+        fast = _cpu_has("_is_avx512_bf16_supported") or _cpu_has("_is_amx_tile_supported")
+    else:
+        fast = False
+    return "bf16" if fast else "fp32"
+
+
+def _cpu_has(query: str) -> bool:
+    # torch asks the processor, but under names that it may change.
+    return bool(getattr(torch.cpu, query, lambda: False)())
+
+
+def pick_compile(device: str) -> bool:
+    """Say whether compiling pays without being asked for: on CUDA, where Triton comes with torch.
+
+    On a CPU it needs a C++ compiler and most of a minute, too long for a default.
+    """
+    return device == "cuda"
+
+
+def forbid_inexact_arithmetic() -> None:
+    """Make fp32 mean fp32, and the same run give the same bits."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def pick_threads() -> int:
+    """Return this process's share of the cores: physical cores, divided by the local ranks."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: respects taskset and Slurm
+    cores = sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+    physical = {_siblings(core) for core in cores}
+    return max(1, len(physical) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _siblings(core: int) -> str:
+    """Return a name that the hardware threads of one physical core share."""
+    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    try:
+        return path.read_text()
+    except OSError:
+        return str(core)
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Return what a result must say about where it was made: hardware, versions, code."""
+    return {
+        "device": device,
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "os": platform.platform(),
+        "versions": {
+            "resnet_ddp": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "numpy": metadata.version("numpy"),
+            "cuda": torch.version.cuda,
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the source tree, "-dirty" appended if it has changes, else None."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None  # an installed wheel, which may lie inside somebody else's repository
+    command = ["git", "-C", str(here), "describe", "--always", "--exclude=*", "--abbrev=40"]
+    try:
+        git = subprocess.run([*command, "--dirty"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()

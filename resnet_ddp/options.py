@@ -1,0 +1,189 @@
+"""Options as frozen dataclasses: each field is a command-line option, its metadata the help.
+
+Nothing here imports torch, so that a wrong command line is answered at once. No option reaches
+inside a recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, NoReturn, TypeVar
+
+from resnet_ddp.architectures import ARCHITECTURES
+from resnet_ddp.exits import ExitCode
+from resnet_ddp.recipe import RECIPES
+
+Options = TypeVar("Options")
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    metavar: str | None = None,
+    choices: Iterable[str] | None = None,
+    minimum: int | None = None,
+    required: bool = False,
+) -> Any:
+    """Declare an option; without a default it is a positional argument."""
+    metadata = {
+        "help": help,
+        "metavar": metavar,
+        "choices": choices,
+        "minimum": minimum,
+        "required": required,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train one network by one recipe, or go on where the same command was interrupted."""
+
+    model: str = option(
+        metavar="MODEL", choices=ARCHITECTURES, help="resnet20, resnet56, resnet110, plain20, ..."
+    )
+    seed: int = option(0, minimum=0, help="of initialisation, sample order and augmentation")
+    data: str = option(
+        "cifar10", metavar="DIR", help="a prepared directory, or: shapes (drawn on first use)"
+    )
+    recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help="named recipe")
+    runs: str = option("runs", metavar="DIR", help="where run directories lie")
+    grid: str | None = option(None, metavar="NAME", help="group of runs; default <data>-<recipe>")
+    precision: str | None = option(
+        None, choices=("bf16", "fp32"), help="default: bf16 where the hardware has it fast"
+    )
+    device: str = option(
+        "auto", choices=("auto", "cuda", "mps", "cpu"), help="default: the fastest that is there"
+    )
+    compile: bool | None = option(None, help="compile the network; default: where it pays")
+    threads: int | None = option(
+        None, minimum=1, metavar="N", help="CPU threads; default: this process's share of the cores"
+    )
+    log_every: int | None = option(
+        None, minimum=1, metavar="N", help="iterations between two logged losses"
+    )
+    eval_every: int | None = option(
+        None, minimum=1, metavar="N", help="iterations between two evaluations"
+    )
+    save_every: int | None = option(
+        None, minimum=1, metavar="N", help="iterations between two checkpoints"
+    )
+    stop_after: int | None = option(
+        None, minimum=1, metavar="N", help="save and exit 85 once N iterations are done"
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong command line with one line, the nearest right word in it, and exit code 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit."""
+        line = f"{self.prog}: {message} (see {self.prog} --help)"
+        print(line.replace("\n", " "), file=sys.stderr)
+        raise SystemExit(ExitCode.BAD_INPUT)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and suggest the nearest option for an unknown one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(unknown_message(unknown[0], self.known_options(args)))
+        return parsed
+
+    def known_options(self, args: Sequence[str] | None) -> list[str]:
+        """Return the options of the subcommand in `args`, or of this parser."""
+        parser: argparse.ArgumentParser = self
+        for word in sys.argv[1:] if args is None else args:
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                    parser = action.choices[word]
+        return list(parser._option_string_actions)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, choice_message(value, list(action.choices)))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ", did you mean X?" for the known word that `word` most resembles, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=5, cutoff=0.5)
+    # difflib sees no difference between resnet20 and resnet32 for resnet21; the beginning tells.
+    best = max(matches, key=lambda match: _common_prefix(word, match), default=None)
+    return f", did you mean {best}?" if best else ""
+
+
+def _common_prefix(word: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b), len(word))
+
+
+def unknown_message(word: str, known: Iterable[str]) -> str:
+    """Say that a word on the command line is not known."""
+    return f"unknown argument {word}{nearest(word.partition('=')[0], known)}"
+
+
+def choice_message(value: str, choices: Sequence[str]) -> str:
+    """Say that a value is none of the choices."""
+    suggestion = nearest(str(value), choices)
+    return f"unknown value {value!r}" + (suggestion or f", choose from {', '.join(choices)}")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
+    """Add every field of a dataclass to the parser."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kwargs: dict[str, Any] = {"help": field.metadata["help"]}
+        flag = "--" + field.name.rstrip("_").replace("_", "-")
+        value_type = _value_type(hints[field.name])
+        if value_type is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=field.default, **kwargs
+            )
+            continue
+        kwargs["metavar"] = field.metadata["metavar"]
+        if field.metadata["choices"] is not None:
+            kwargs["choices"] = tuple(field.metadata["choices"])
+        if value_type is int:
+            kwargs["type"] = _integer(field.metadata["minimum"])
+        if field.default is MISSING:
+            parser.add_argument(field.name, **kwargs)
+        else:
+            kwargs |= {"dest": field.name, "required": field.metadata["required"]}
+            parser.add_argument(flag, default=field.default, **kwargs)
+
+
+def read_options(namespace: argparse.Namespace, options: type[Options]) -> Options:
+    """Return what was parsed as an instance of the dataclass."""
+    names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
+    return options(**{name: getattr(namespace, name) for name in names})
+
+
+def _value_type(hint: Any) -> Any:
+    """Return T for T and for T | None."""
+    if isinstance(hint, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    return hint
+
+
+def _integer(minimum: int | None) -> Any:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if minimum is not None and value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        if value >= 2**32:
+            raise argparse.ArgumentTypeError(f"{value} does not fit in 32 bits")
+        return value
+
+    return integer

@@ -1,0 +1,196 @@
+"""A run directory: one cell's records, at a path that is a pure function of the cell.
+
+RUNS/GRID/MODEL/seedN/
+    config.json       settled at the first start, kept on resume
+    metrics.jsonl     what a repetition would repeat bit for bit
+    timing.jsonl      what it would not
+    checkpoints/
+    status.json       how the last life ended
+    model.safetensors, result.json      written last: done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from resnet_ddp import durable
+from resnet_ddp.exits import ExitCode, TemporaryError, UserError
+from resnet_ddp.recipe import Recipe
+
+# What a run is: a directory that holds another is never touched.
+IDENTITY = ("model", "seed", "recipe", "recipe_hash", "data_sha256")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid; its directory is a pure function of it."""
+
+    grid: str
+    model: str
+    seed: int
+    recipe: Recipe
+    data_sha256: str
+
+    def identity(self) -> dict[str, Any]:
+        """Return what every record of the run says of it."""
+        return {
+            "grid": self.grid,
+            "model": self.model,
+            "seed": self.seed,
+            "recipe": self.recipe.name,
+            "recipe_hash": self.recipe.hash,
+            "data_sha256": self.data_sha256,
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's bits or records depend on besides: settled at the first start, then kept."""
+
+    precision: str
+    compile: bool
+    threads: int
+    log_every: int
+    eval_every: int
+
+
+class RunDirectory:
+    """The paths and the small JSON files of one run."""
+
+    def __init__(self, runs: Path, cell: Cell) -> None:
+        self.cell = cell
+        self.path = runs / cell.grid / cell.model / f"seed{cell.seed}"
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.timing_path = self.path / "timing.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.status_path = self.path / "status.json"
+        self.weights_path = self.path / "model.safetensors"
+        self.result_path = self.path / "result.json"
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            UserError: if that is not possible.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError("not writable")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write there ({error.strerror or error}); "
+                "choose another directory with --runs"
+            ) from error
+
+    def lock(self) -> TextIO:
+        """Take the directory for this process, until the returned file is closed.
+
+        Raises:
+            TemporaryError: if another process has it.
+        """
+        file = open(self.path / "lock", "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise TemporaryError(f"{self.path}: another process is training this run") from error
+        return file
+
+    def config(self) -> dict[str, Any] | None:
+        """Return the settled configuration, or None before the first start."""
+        return _read_object(self.config_path)
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the result, or None while the run is not done."""
+        return _read_object(self.result_path)
+
+    def check_identity(self) -> None:
+        """Compare the run that lies here, if any, with the one that is asked for.
+
+        Raises:
+            UserError: if they differ, with both values.
+        """
+        config = self.config()
+        if config is None:
+            return
+        asked = self.cell.identity()
+        for key in IDENTITY:
+            if config.get(key) != asked[key]:
+                raise UserError(
+                    f"{self.path} belongs to a run with {key} {config.get(key)}, not "
+                    f"{asked[key]}; choose another --grid or --runs, or remove it"
+                )
+
+    def settle(self, requested: dict[str, Any], default: Settings) -> Settings:
+        """Return the settings to run with: recorded ones, else requested ones, else defaults.
+
+        Args:
+            requested: a value for each setting, None where the user left it open.
+            default: what a first start takes where the user left it open.
+
+        Raises:
+            UserError: if something else is requested than what is recorded.
+        """
+        config = self.config()
+        asked = {key: value for key, value in requested.items() if value is not None}
+        if config is None:
+            return dataclasses.replace(default, **asked)
+        for key, value in dataclasses.asdict(default).items():
+            if type(config.get(key)) is not type(value):
+                raise UserError(
+                    f"{self.config_path} is damaged ({key}: {config.get(key)!r}); "
+                    f"remove {self.path} to start anew"
+                )
+            if asked.get(key, config[key]) != config[key]:
+                raise UserError(
+                    f"{self.path} was started with {key} {config[key]}, not {asked[key]}; "
+                    "leave that option away to go on, or choose another --grid"
+                )
+        return Settings(**{key: config[key] for key in dataclasses.asdict(default)})
+
+    def write_config(
+        self, settings: Settings, *, world_size: int, environment: dict[str, Any]
+    ) -> None:
+        """Settle what this run is, at its first start."""
+        config = {
+            **self.cell.identity(),
+            "recipe_fields": self.cell.recipe.fields(),
+            **dataclasses.asdict(settings),
+            "world_size": world_size,
+            **environment,
+        }
+        durable.write_json(self.config_path, config)
+
+    def write_result(self, **values: Any) -> None:
+        """Write the result, which says that the run is done."""
+        durable.write_json(self.result_path, {**self.cell.identity(), **values})
+
+    def write_status(self, code: ExitCode, *, reason: str, iteration: int | None) -> None:
+        """Record how this life ended (behind a foreign launcher the exit code does not tell)."""
+        status = {"exit_code": int(code), "reason": reason, "iteration": iteration}
+        durable.write_json(self.status_path, status)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object from a file, or None if there is none.
+
+    Raises:
+        UserError: if the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it or its run to go on") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (not a JSON object); remove it or its run to go on")
+    return value
