@@ -81,10 +81,10 @@ def prepare(options: PrepareOptions) -> ExitCode:
 def train(options: TrainOptions) -> ExitCode:
     """Train one run, unless it is done."""
     data_directory = find_data(options.data)
-    name, data_sha256 = datasets.recorded_name_and_hash(data_directory)
+    data = datasets.read_record(data_directory)
     recipe = RECIPES[options.recipe]
-    grid = options.grid or f"{name}-{recipe.name}"
-    cell = Cell(grid, options.model, options.seed, recipe, data_sha256)
+    grid = options.grid or f"{data.name}-{recipe.name}"
+    cell = Cell(grid, options.model, options.seed, recipe, data)
     directory = RunDirectory(Path(options.runs), cell)
     directory.check_identity()
     if directory.result() is None:

@@ -91,7 +91,7 @@ def describe(device: str) -> dict[str, Any]:
         "device": device,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
-        "os": platform.platform(),
+        "os": f"{platform.system()} {platform.machine()}",
         "versions": {
             "resnet_ddp": __version__,
             "python": platform.python_version(),

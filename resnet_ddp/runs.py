@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from resnet_ddp import durable
+from resnet_ddp.datasets import DataRecord
 from resnet_ddp.exits import ExitCode, TemporaryError, UserError
 from resnet_ddp.recipe import Recipe
 
@@ -35,7 +36,7 @@ class Cell:
     model: str
     seed: int
     recipe: Recipe
-    data_sha256: str
+    data: DataRecord
 
     def identity(self) -> dict[str, Any]:
         """Return what every record of the run says of it."""
@@ -45,7 +46,10 @@ class Cell:
             "seed": self.seed,
             "recipe": self.recipe.name,
             "recipe_hash": self.recipe.hash,
-            "data_sha256": self.data_sha256,
+            "data": self.data.name,
+            "data_source": self.data.source,
+            "data_original": self.data.original,
+            "data_sha256": self.data.sha256,
         }
 
 
