@@ -1,4 +1,4 @@
-"""Folders and archives of images, read member by member; archives are never unpacked.
+"""Folders and archives, read member by member; archives are never unpacked.
 
 An archive may come from anywhere: what lies outside its root, links, and whatever unpacks to more
 than a dataset of 32x32 images could need is refused.
@@ -21,14 +21,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Final, NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 from resnet_ddp.exits import UserError
 
-IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
-
 MAX_FILES = 1_000_000
-MAX_FILE_BYTES = 4 << 20  # a 32x32 image has a few thousand
 MAX_TOTAL_BYTES = 4 << 30
 MAX_TAR_HEADERS = 1 << 20  # bytes of headers for one member; tarfile keeps them in memory
 
@@ -57,10 +54,27 @@ class Member(NamedTuple):
     done: float
 
 
-def read_members(source: Path) -> Generator[Member, None, None]:
-    """Read whatever kind of source this is, leaving out what operating systems strew about."""
+@dataclass(frozen=True)
+class Wanted:
+    """Which members to read; the others are listed without their data.
+
+    Attributes:
+        matches: whether a path is wanted.
+        max_bytes: more than a wanted file can have.
+    """
+
+    matches: Callable[[PurePosixPath], bool]
+    max_bytes: int
+
+
+def read_members(source: Path, wanted: Wanted) -> Generator[Member, None, None]:
+    """Read whatever kind of source this is, leaving out what operating systems strew about.
+
+    Raises:
+        UserError: the source is missing, damaged, unsafe or absurdly large.
+    """
     with _damage_named(source):
-        for member in _kind_of(source)(source, _Budget(source)):
+        for member in _kind_of(source)(source, _Budget(source, wanted)):
             hidden = any(part.startswith(".") or part == "__MACOSX" for part in member.path.parts)
             if not hidden and member.path.name.lower() not in ("thumbs.db", "desktop.ini"):
                 yield member
@@ -94,6 +108,7 @@ class _Budget:
     """What a source may still unpack to."""
 
     source: Path
+    wanted: Wanted
     files: int = field(default_factory=lambda: MAX_FILES)
     total: int = field(default_factory=lambda: MAX_TOTAL_BYTES)
 
@@ -104,10 +119,10 @@ class _Budget:
         self.total -= size
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{self.source}: {shown(path)} leads out of the archive; pack it again")
-        if not 0 <= size <= MAX_FILE_BYTES:
+        if not 0 <= size <= self.wanted.max_bytes:
             raise UserError(
-                f"{self.source}: {shown(path)} has {size:,} bytes, too many for a 32x32 image; "
-                "remove it"
+                f"{self.source}: {shown(path)} has {size:,} bytes, too many for what is expected "
+                "there; remove it"
             )
         if self.files < 0 or self.total < 0:
             raise UserError(
@@ -126,7 +141,7 @@ def _walk(
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        size = entry.stat().st_size if _is_image(below / entry.name) else 0
+        size = entry.stat().st_size if budget.wanted.matches(below / entry.name) else 0
         path = budget.charge(str(below / entry.name), size)
         yield path, entry
         if entry.is_dir():
@@ -137,7 +152,7 @@ def _folder_members(source: Path, budget: _Budget) -> Iterator[Member]:
     listing = list(_walk(source, PurePosixPath(), budget))
     for index, (path, entry) in enumerate(listing):
         data, kind = b"", "directory" if entry.is_dir() else "file"
-        if kind == "file" and _is_image(path):
+        if kind == "file" and budget.wanted.matches(path):
             if not entry.is_file():
                 raise UserError(f"{source}: {shown(path)} is not a regular file: remove it")
             data = Path(entry.path).read_bytes()
@@ -152,7 +167,7 @@ def _zip_members(source: Path, budget: _Budget) -> Iterator[Member]:
             data, kind = b"", "directory" if info.is_dir() else "file"
             if stat.S_ISLNK(info.external_attr >> 16):
                 kind = "link"
-            elif kind == "file" and _is_image(path):
+            elif kind == "file" and budget.wanted.matches(path):
                 with archive.open(info) as file:  # gives no more than the announced size
                     data = file.read()
             yield Member(path, kind, data, index / len(infos))
@@ -170,17 +185,13 @@ def _tar_members(source: Path, budget: _Budget) -> Iterator[Member]:
                 data, kind = b"", "directory" if info.isdir() else "file"
                 if not (info.isdir() or info.isreg()):
                     kind = "link" if info.issym() or info.islnk() else "special file"
-                elif kind == "file" and _is_image(path):
+                elif kind == "file" and budget.wanted.matches(path):
                     file = archive.extractfile(info)
                     data = file.read() if file is not None else b""
                 yield Member(path, kind, data, raw.tell() / size)
-        stream.allow(MAX_FILE_BYTES)
+        stream.allow(budget.wanted.max_bytes)
         while stream.read(1 << 16):  # so that the decompressor compares its checksum
             pass
-
-
-def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 @contextmanager
@@ -232,19 +243,19 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"cut short or not a tar: {error}") from error
 
 
-def fingerprint(source: Path) -> dict[str, object]:
+def fingerprint(source: Path, wanted: Wanted) -> dict[str, object]:
     """Return what tells cheaply whether a source is the one of the last time: sizes and times."""
     with _damage_named(source):
-        return _fingerprint(source)
+        return _fingerprint(source, wanted)
 
 
-def _fingerprint(source: Path) -> dict[str, object]:
+def _fingerprint(source: Path, wanted: Wanted) -> dict[str, object]:
     path = str(source.resolve())
     if not source.is_dir():
         status = source.stat()
         return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     digest = hashlib.sha256()
-    for name, entry in _walk(source, PurePosixPath(), _Budget(source)):
+    for name, entry in _walk(source, PurePosixPath(), _Budget(source, wanted)):
         if not entry.is_dir():
             status = entry.stat()
             digest.update(f"{str(name)!a} {status.st_size} {status.st_mtime_ns}\n".encode("ascii"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_ddp import __version__, datasets
-from resnet_ddp.exits import Exit, ExitCode
+from resnet_ddp.exits import Exit, ExitCode, UserError
 from resnet_ddp.options import Parser, TrainOptions, add_options, option, read_options
 from resnet_ddp.recipe import RECIPES
 from resnet_ddp.runs import Cell, RunDirectory
@@ -25,10 +25,14 @@ class PrepareOptions:
     """Turn images on disk into a prepared directory: train.beton, test.beton, dataset.json."""
 
     source: str = option(
-        metavar="SOURCE", choices=("folder",), help="folder: train|test/<class>/*.png|jpg"
+        metavar="SOURCE",
+        choices=("folder", "cifar10", "cifar100"),
+        help="folder: images at train|test/<class>/*.png|jpg; cifar10, cifar100: as published",
     )
-    from_: str = option(
-        None, metavar="PATH", required=True, help="the folder, or a .tar, .tar.gz, .tar.xz or .zip"
+    from_: str | None = option(
+        None,
+        metavar="PATH",
+        help="a folder or an archive (.tar, .tar.gz, .tar.xz, .zip); without it, download",
     )
     to: str = option(None, metavar="DIR", required=True, help="the directory to make")
 
@@ -72,9 +76,20 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
 
 def prepare(options: PrepareOptions) -> ExitCode:
     """Prepare a data set."""
-    from resnet_ddp.sources import prepare_folder
+    target = Path(options.to)
+    if options.source == "folder":
+        if options.from_ is None:
+            raise UserError("prepare folder needs --from PATH, a folder or an archive of images")
+        from resnet_ddp.sources import prepare_folder
 
-    print(prepare_folder(Path(options.from_), Path(options.to)))
+        print(prepare_folder(Path(options.from_), target))
+        return ExitCode.DONE
+    from resnet_ddp.cifar import download_and_prepare, prepare_cifar
+
+    if options.from_ is None:
+        print(download_and_prepare(options.source, target))
+    else:
+        print(prepare_cifar(options.source, Path(options.from_), target))
     return ExitCode.DONE
 
 
@@ -98,15 +113,20 @@ def train(options: TrainOptions) -> ExitCode:
 
 
 def find_data(data: str) -> Path:
-    """Return the prepared directory behind `--data`; what has only a name is made on first use."""
-    if data == "shapes":
-        directory = DATA_ROOT / data
-        if not datasets.is_prepared(directory):
+    """Return the prepared directory behind `--data`; what has a name is prepared on first use."""
+    if data not in ("shapes", "cifar10", "cifar100"):
+        return Path(data)
+    directory = DATA_ROOT / data
+    if not datasets.is_prepared(directory):
+        if data == "shapes":
             from resnet_ddp.shapes import prepare_shapes
 
             prepare_shapes(directory)
-        return directory
-    return DATA_ROOT / data if data == "cifar10" else Path(data)
+        else:
+            from resnet_ddp.cifar import download_and_prepare
+
+            print(download_and_prepare(data, directory), file=sys.stderr)
+    return directory
 
 
 def result_line(directory: RunDirectory) -> str:

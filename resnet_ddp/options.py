@@ -52,7 +52,9 @@ class TrainOptions:
     )
     seed: int = option(0, minimum=0, help="of initialisation, sample order and augmentation")
     data: str = option(
-        "cifar10", metavar="DIR", help="a prepared directory, or: shapes (drawn on first use)"
+        "cifar10",
+        metavar="DIR",
+        help="a prepared directory; or shapes, cifar10, cifar100, made on first use",
     )
     recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help="named recipe")
     runs: str = option("runs", metavar="DIR", help="where run directories lie")

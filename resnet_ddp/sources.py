@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from resnet_ddp.archives import IMAGE_SUFFIXES, Member, fingerprint, read_members, shown
+from resnet_ddp.archives import Member, Wanted, fingerprint, read_members, shown
 from resnet_ddp.datasets import (
     IMAGE_SIZE,
     check_target,
@@ -32,6 +32,11 @@ from resnet_ddp.datasets import (
 from resnet_ddp.exits import UserError
 
 SPLITS: Final = ("train", "test")
+IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
+IMAGES: Final = Wanted(
+    lambda path: path.suffix.lower() in IMAGE_SUFFIXES,
+    max_bytes=4 << 20,  # a 32x32 image has a few thousand
+)
 LAYOUT: Final = "train|test/<class>/*.png or .jpg"
 
 
@@ -62,10 +67,10 @@ def prepare_folder(
     """
     source, target = Path(source), Path(target)
     check_target(target)
-    origin = fingerprint(source)
+    origin = fingerprint(source, IMAGES)
     if is_prepared(target) and prepared_from(target) == origin:
         return f"{_summary(target)} (already prepared)"
-    with _progress_bar(progress) as report, closing(read_members(source)) as members:
+    with _progress_bar(progress) as report, closing(read_members(source, IMAGES)) as members:
         classes, splits = _collect(source, members, report)
     write_dataset(
         target,

@@ -9,24 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor
-
 from resnet_ddp import cadence, checkpoint, durable, machine
-from resnet_ddp.architectures import ARCHITECTURES
-from resnet_ddp.augment import Normalisation
-from resnet_ddp.batches import Batches, split
 from resnet_ddp.cadence import Cadence, is_due
 from resnet_ddp.checkpoint import Progress
 from resnet_ddp.datasets import Dataset
-from resnet_ddp.evaluate import error_rate
-from resnet_ddp.exits import Exit, ExitCode, NotFiniteError, UserError
-from resnet_ddp.models import CifarNet, build_model, num_parameters
+from resnet_ddp.exits import Exit, ExitCode, NotFiniteError
+from resnet_ddp.experiment import Experiment, build_experiment
+from resnet_ddp.models import num_parameters
 from resnet_ddp.options import TrainOptions
-from resnet_ddp.recipe import Recipe
 from resnet_ddp.runs import RunDirectory, Settings
-from resnet_ddp.step import Stepper, make_optimizer
 from resnet_ddp.stop import StopRequest
 from resnet_ddp.tracking import Display, JsonLines, Throughput, make_display
 
@@ -71,7 +62,22 @@ def train(
     data = load_data()
     directory.create()
     with directory.lock():
-        run = build(directory, settings, data, device)
+        experiment = build_experiment(
+            recipe,
+            model_name=directory.cell.model,
+            seed=directory.cell.seed,
+            data=data,
+            device=device,
+            precision=settings.precision,
+            compile=settings.compile,
+            threads=settings.threads,
+        )
+        if directory.config() is None:
+            directory.write_config(
+                settings,
+                world_size=experiment.accelerator.num_processes,
+                environment=machine.describe(device),
+            )
         due = Cadence(
             log_every=settings.log_every,
             eval_every=settings.eval_every,
@@ -79,64 +85,22 @@ def train(
             total=recipe.iterations,
             last=min(recipe.iterations, options.stop_after or recipe.iterations),
         )
-        return live(run, due)
+        return live(Run(directory, experiment), due)
 
 
 @dataclass
 class Run:
-    """One cell on its device, ready to train and to be evaluated.
-
-    Shapes: N training images in the file, M test images.
-    """
+    """An experiment and the directory that its records go to."""
 
     directory: RunDirectory
-    accelerator: Accelerator
-    model: CifarNet  # unwrapped
-    optimizer: torch.optim.SGD  # unwrapped
-    stepper: Stepper
-    train_images: Tensor  # (N, 32, 32, 3) uint8
-    train_labels: Tensor  # (N,) int64
-    test_images: Tensor  # (M, 32, 32, 3) uint8
-    test_labels: Tensor  # (M,) int64
-    samples: Tensor  # image numbers trained on
-    val_samples: Tensor  # image numbers held out
-
-    @property
-    def recipe(self) -> Recipe:
-        """The run's recipe."""
-        return self.directory.cell.recipe
-
-    def train_error_rate(self, *, num_images: int | None = None) -> float:
-        """Return the error on the first `num_images` images trained on, or all; un-augmented."""
-        return self._error_rate(self.train_images, self.train_labels, self.samples[:num_images])
-
-    def val_error_rate(self) -> float | None:
-        """Return the error on the images held out, None if the recipe holds out none."""
-        if not len(self.val_samples):
-            return None
-        return self._error_rate(self.train_images, self.train_labels, self.val_samples)
-
-    def test_error_rate(self) -> float:
-        """Return the error on the test images; called once, when training is over."""
-        return self._error_rate(
-            self.test_images, self.test_labels, torch.arange(len(self.test_labels))
-        )
-
-    def _error_rate(self, images: Tensor, labels: Tensor, samples: Tensor) -> float:
-        return error_rate(
-            self.model,
-            images=images,
-            labels=labels,
-            samples=samples,
-            normalise=self.stepper.batches.normalise,
-            accelerator=self.accelerator,
-        )
+    experiment: Experiment
 
     def check_finite(self) -> None:
         """Raise if any loss so far was not finite; nothing is logged or saved after that."""
-        bad_iteration = int(self.stepper.bad_iteration)  # device synchronisation
+        stepper = self.experiment.stepper
+        bad_iteration = int(stepper.bad_iteration)  # device synchronisation
         if bad_iteration >= 0:
-            samples = self.stepper.batches.samples_at(bad_iteration).tolist()
+            samples = stepper.batches.samples_at(bad_iteration).tolist()
             raise NotFiniteError(
                 f"{self.directory.path}: the loss of iteration {bad_iteration} is not finite; "
                 f"nothing after it was saved. The numbers of its images: {samples}"
@@ -145,83 +109,20 @@ class Run:
     def save(self, progress: Progress) -> None:
         """Write a checkpoint."""
         self.check_finite()
-        checkpoint.save(self.directory.checkpoints_path, self.model, self.optimizer, progress)
-
-
-def build(directory: RunDirectory, settings: Settings, data: Dataset, device: str) -> Run:
-    """Put data and model on the device, prepare the step, settle config.json."""
-    cell, recipe = directory.cell, directory.cell.recipe
-    torch.set_num_threads(settings.threads)  # accelerate launch would leave us one
-    machine.forbid_inexact_arithmetic()
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if settings.precision == "bf16" else "no"
-    )
-    if accelerator.num_processes > 1:
-        raise UserError("one process trains one run for now: launch it with --num_processes 1")
-    samples, val_samples = split(recipe, len(data.train_labels))
-    if len(samples) < recipe.batch_size:
-        raise UserError(
-            f"{len(samples)} training images are less than a batch of {recipe.batch_size}; "
-            "prepare more images"
+        checkpoint.save(
+            self.directory.checkpoints_path,
+            self.experiment.model,
+            self.experiment.optimizer,
+            progress,
         )
-    model = build_model(cell.model, num_classes=data.num_classes, seed=cell.seed)
-    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, recipe)
-    prepared_model, prepared_optimizer = accelerator.prepare(
-        torch.compile(model) if settings.compile else model, optimizer
-    )
-    train_images, train_labels, test_images, test_labels = (
-        torch.from_numpy(array).to(accelerator.device)
-        for array in (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    )
-    batches = Batches(
-        recipe,
-        seed=cell.seed,
-        images=train_images,
-        labels=train_labels,
-        samples=samples,
-        normalise=normalisation(recipe, data, train_images),
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    stepper = Stepper(
-        prepared_model,
-        prepared_optimizer,
-        batches,
-        accelerator,
-        recipe,
-        depth=ARCHITECTURES[cell.model].depth,
-    )
-    if directory.config() is None:
-        directory.write_config(
-            settings, world_size=accelerator.num_processes, environment=machine.describe(device)
-        )
-    return Run(
-        directory=directory,
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
-        stepper=stepper,
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        samples=samples,
-        val_samples=val_samples,
-    )
-
-
-def normalisation(recipe: Recipe, data: Dataset, train_images: Tensor) -> Normalisation:
-    """Return what the recipe subtracts and divides by, measured on all training images."""
-    if recipe.normalisation == "pixel-mean":
-        return Normalisation.pixel_mean(train_images)
-    return Normalisation.channel(data.channel_mean, data.channel_std, train_images.device)
 
 
 def live(run: Run, due: Cadence) -> ExitCode:
     """Go on from the newest checkpoint until the run is done or asked to stop; record the end."""
-    directory = run.directory
-    resumed = checkpoint.load_newest(directory.checkpoints_path, run.model, run.optimizer)
+    directory, experiment = run.directory, run.experiment
+    resumed = checkpoint.load_newest(
+        directory.checkpoints_path, experiment.model, experiment.optimizer
+    )
     progress = resumed or Progress(iteration=0, metrics_bytes=0)
     metrics = JsonLines(directory.metrics_path, length=progress.metrics_bytes)
     timing = JsonLines(directory.timing_path)
@@ -263,20 +164,21 @@ def loop(
     stop: StopRequest,
 ) -> int:
     """Train until the end of this life, and return the iteration that it reached."""
-    throughput = Throughput(run.recipe.batch_size)
+    recipe, stepper = run.experiment.recipe, run.experiment.stepper
+    throughput = Throughput(recipe.batch_size)
     while iteration < due.last:
         with throughput.measured(due.next_due(iteration) - iteration):
-            iteration = run.stepper.advance(iteration, until=due.next_due(iteration))
-            loss = float(run.stepper.loss)  # device synchronisation
+            iteration = stepper.advance(iteration, until=due.next_due(iteration))
+            loss = float(stepper.loss)  # device synchronisation
         if is_due(iteration, due.log_every, due.total):
             run.check_finite()
-            lr = run.recipe.lr_at(iteration - 1, depth=run.stepper.depth)
+            lr = recipe.lr_at(iteration - 1, depth=stepper.depth)
             metrics.write(iteration=iteration, **{"train/loss": loss, "lr": lr})
             images_per_second = throughput.read()
             timing.write(iteration=iteration, images_per_second=images_per_second)
             display.update(iteration, loss=loss, lr=lr, images_per_second=images_per_second)
         if is_due(iteration, due.eval_every, due.total):
-            metrics.write(iteration=iteration, **curve_point(run))
+            metrics.write(iteration=iteration, **curve_point(run.experiment))
         if is_due(iteration, due.save_every, due.last) or stop.reason:
             run.save(Progress(iteration, metrics_bytes=metrics.sync()))
         if stop.reason:
@@ -284,25 +186,26 @@ def loop(
     return iteration
 
 
-def curve_point(run: Run) -> dict[str, Any]:
+def curve_point(experiment: Experiment) -> dict[str, Any]:
     """Return the errors that the curves of Fig. 6 are drawn from."""
     return {
-        "train/error_rate": run.train_error_rate(num_images=CURVE_IMAGES),
-        "val/error_rate": run.val_error_rate(),
+        "train/error_rate": experiment.train_error_rate(num_images=CURVE_IMAGES),
+        "val/error_rate": experiment.val_error_rate(),
     }
 
 
 def finish(run: Run, metrics: JsonLines) -> None:
     """Measure the final errors, the test error for the only time, and write weights and result."""
     run.check_finite()
-    test_error_rate = run.test_error_rate()
-    metrics.write(iteration=run.recipe.iterations, **{"test/error_rate": test_error_rate})
+    experiment, iterations = run.experiment, run.experiment.recipe.iterations
+    test_error_rate = experiment.test_error_rate()
+    metrics.write(iteration=iterations, **{"test/error_rate": test_error_rate})
     metrics.sync()
-    durable.write_bytes(run.directory.weights_path, checkpoint.weights(run.model))
+    durable.write_bytes(run.directory.weights_path, checkpoint.weights(experiment.model))
     run.directory.write_result(
-        iterations=run.recipe.iterations,
-        train_error_rate=run.train_error_rate(),
-        val_error_rate=run.val_error_rate(),
+        iterations=iterations,
+        train_error_rate=experiment.train_error_rate(),
+        val_error_rate=experiment.val_error_rate(),
         test_error_rate=test_error_rate,
-        num_parameters=num_parameters(run.model),
+        num_parameters=num_parameters(experiment.model),
     )

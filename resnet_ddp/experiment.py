@@ -1,0 +1,154 @@
+"""One run's data, model, optimizer and step on their device; no records, no files.
+
+The trainer adds a directory and a loop; the bench times the same pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from resnet_ddp import machine
+from resnet_ddp.architectures import ARCHITECTURES
+from resnet_ddp.augment import Normalisation
+from resnet_ddp.batches import Batches, split
+from resnet_ddp.datasets import Dataset
+from resnet_ddp.evaluate import error_rate
+from resnet_ddp.exits import UserError
+from resnet_ddp.models import CifarNet, build_model
+from resnet_ddp.recipe import Recipe
+from resnet_ddp.step import Stepper, make_optimizer
+
+
+@dataclass
+class Experiment:
+    """Ready to train and to be evaluated.
+
+    Shapes: N training images in the file, M test images.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: CifarNet  # unwrapped
+    optimizer: torch.optim.SGD  # unwrapped
+    stepper: Stepper
+    train_images: Tensor  # (N, 32, 32, 3) uint8
+    train_labels: Tensor  # (N,) int64
+    test_images: Tensor  # (M, 32, 32, 3) uint8
+    test_labels: Tensor  # (M,) int64
+    samples: Tensor  # image numbers trained on
+    val_samples: Tensor  # image numbers held out
+
+    def train_error_rate(self, *, num_images: int | None = None) -> float:
+        """Return the error on the first `num_images` images trained on, or all; un-augmented."""
+        return self._error_rate(self.train_images, self.train_labels, self.samples[:num_images])
+
+    def val_error_rate(self) -> float | None:
+        """Return the error on the images held out, None if the recipe holds out none."""
+        if not len(self.val_samples):
+            return None
+        return self._error_rate(self.train_images, self.train_labels, self.val_samples)
+
+    def test_error_rate(self) -> float:
+        """Return the error on the test images; called once, when training is over."""
+        return self._error_rate(
+            self.test_images, self.test_labels, torch.arange(len(self.test_labels))
+        )
+
+    def _error_rate(self, images: Tensor, labels: Tensor, samples: Tensor) -> float:
+        return error_rate(
+            self.model,
+            images=images,
+            labels=labels,
+            samples=samples,
+            normalise=self.stepper.batches.normalise,
+            accelerator=self.accelerator,
+        )
+
+
+def build_experiment(
+    recipe: Recipe,
+    *,
+    model_name: str,
+    seed: int,
+    data: Dataset,
+    device: str,
+    precision: str,
+    compile: bool,
+    threads: int,
+) -> Experiment:
+    """Put data and model on the device and prepare the step.
+
+    Args:
+        model_name: a key of `ARCHITECTURES`.
+        device: "cuda", "mps" or "cpu".
+        precision: "bf16" (autocast; weights, momentum, BatchNorm statistics in fp32) or "fp32".
+        threads: of the CPU, for this process.
+
+    Raises:
+        UserError: the data is less than a batch, or there is more than one process.
+    """
+    torch.set_num_threads(threads)  # accelerate launch would leave us one
+    machine.forbid_inexact_arithmetic()
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
+    )
+    if accelerator.num_processes > 1:
+        raise UserError("one process trains one run for now: launch it with --num_processes 1")
+    samples, val_samples = split(recipe, len(data.train_labels))
+    if len(samples) < recipe.batch_size:
+        raise UserError(
+            f"{len(samples)} training images are less than a batch of {recipe.batch_size}; "
+            "prepare more images"
+        )
+    model = build_model(model_name, num_classes=data.num_classes, seed=seed)
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, recipe)
+    prepared_model, prepared_optimizer = accelerator.prepare(
+        torch.compile(model) if compile else model, optimizer
+    )
+    train_images, train_labels, test_images, test_labels = (
+        torch.from_numpy(array).to(accelerator.device)
+        for array in (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    )
+    batches = Batches(
+        recipe,
+        seed=seed,
+        images=train_images,
+        labels=train_labels,
+        samples=samples,
+        normalise=normalisation(recipe, data, train_images),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    stepper = Stepper(
+        prepared_model,
+        prepared_optimizer,
+        batches,
+        accelerator,
+        recipe,
+        depth=ARCHITECTURES[model_name].depth,
+    )
+    return Experiment(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        stepper=stepper,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        samples=samples,
+        val_samples=val_samples,
+    )
+
+
+def normalisation(recipe: Recipe, data: Dataset, train_images: Tensor) -> Normalisation:
+    """Return what the recipe subtracts and divides by, measured on all training images."""
+    if recipe.normalisation == "pixel-mean":
+        return Normalisation.pixel_mean(train_images)
+    return Normalisation.channel(data.channel_mean, data.channel_std, train_images.device)
