@@ -1,4 +1,4 @@
-"""The command line: `resnet-ddp prepare | train`, and `train.py` behind a launcher.
+"""The command line: `resnet-ddp prepare | train | bench`, and `train.py` behind a launcher.
 
 A wrong command line, unfit data and a run that is done are answered before torch is imported.
 """
@@ -6,14 +6,16 @@ A wrong command line, unfit data and a run that is done are answered before torc
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_ddp import __version__, datasets
+from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.exits import Exit, ExitCode, UserError
-from resnet_ddp.options import Parser, TrainOptions, add_options, option, read_options
+from resnet_ddp.options import DEVICES, Parser, TrainOptions, add_options, option, read_options
 from resnet_ddp.recipe import RECIPES
 from resnet_ddp.runs import Cell, RunDirectory
 
@@ -37,6 +39,21 @@ class PrepareOptions:
     to: str = option(None, metavar="DIR", required=True, help="the directory to make")
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measure our speed side by side with a stock loop."""
+
+    model: str = option(metavar="MODEL", choices=ARCHITECTURES, help="resnet20, resnet56, ...")
+    data: str = option("shapes", metavar="DIR", help="as for train")
+    precision: str | None = option(None, choices=("bf16", "fp32"), help="as for train")
+    device: str = option("auto", choices=DEVICES, help="as for train")
+    compile: bool | None = option(None, help="as for train")
+    threads: int | None = option(None, minimum=1, metavar="N", help="CPU threads of both")
+    turns: int = option(5, minimum=1, metavar="N", help="how often the two take turns")
+    iterations: int = option(20, minimum=1, metavar="N", help="iterations of a turn")
+    json: bool = option(False, help="print JSON instead of a table")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `resnet-ddp` and return its exit code."""
     parser = Parser(prog="resnet-ddp", description=sys.modules["resnet_ddp"].__doc__)
@@ -45,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, options, run in (
         ("prepare", PrepareOptions, prepare),
         ("train", TrainOptions, train),
+        ("bench", BenchOptions, bench),
     ):
         help_line = (options.__doc__ or "").strip()
         command = commands.add_parser(name, help=help_line, description=help_line)
@@ -110,6 +128,27 @@ def train(options: TrainOptions) -> ExitCode:
             return code
     print(result_line(directory))
     return ExitCode.DONE
+
+
+def bench(options: BenchOptions) -> ExitCode:
+    """Measure and print."""
+    data = datasets.load_dataset(find_data(options.data))
+    from resnet_ddp import bench, machine
+
+    device = machine.pick_device(options.device)
+    setting = bench.Setting(
+        model=options.model,
+        data=data,
+        device=device,
+        precision=options.precision or machine.pick_precision(device),
+        compile=machine.pick_compile(device) if options.compile is None else options.compile,
+        threads=options.threads or machine.pick_threads(),
+        turns=options.turns,
+        iterations=options.iterations,
+    )
+    result = bench.run(setting, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(result, indent=2) if options.json else bench.markdown(result))
+    return ExitCode.DONE if result["training"]["within_tolerance"] else ExitCode.FAILED
 
 
 def find_data(data: str) -> Path:

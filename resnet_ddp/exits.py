@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     """Exit codes of every command, for schedulers and scripts."""
 
     DONE = 0
+    FAILED = 1  # a check that the command was to make did not hold
     BAD_INPUT = 2
     NOT_FINITE = 65  # the loss is not a number: repeating the run repeats that
     TEMPORARY = 75  # no space, lock held elsewhere: worth trying again

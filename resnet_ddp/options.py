@@ -22,6 +22,8 @@ from resnet_ddp.recipe import RECIPES
 
 Options = TypeVar("Options")
 
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
 
 def option(
     default: Any = MISSING,
@@ -62,9 +64,7 @@ class TrainOptions:
     precision: str | None = option(
         None, choices=("bf16", "fp32"), help="default: bf16 where the hardware has it fast"
     )
-    device: str = option(
-        "auto", choices=("auto", "cuda", "mps", "cpu"), help="default: the fastest that is there"
-    )
+    device: str = option("auto", choices=DEVICES, help="default: the fastest that is there")
     compile: bool | None = option(None, help="compile the network; default: where it pays")
     threads: int | None = option(
         None, minimum=1, metavar="N", help="CPU threads; default: this process's share of the cores"
