@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from resnet_ddp import machine
+from resnet_ddp import batchnorm, machine
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.augment import Normalisation
-from resnet_ddp.batches import Batches, split
+from resnet_ddp.batches import Batches, share, split
+from resnet_ddp.batchnorm import Groups
 from resnet_ddp.datasets import Dataset
 from resnet_ddp.evaluate import error_rate
 from resnet_ddp.exits import UserError
@@ -104,7 +105,17 @@ def build_experiment(
             f"{len(samples)} training images are less than a batch of {recipe.batch_size}; "
             "prepare more images"
         )
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     model = build_model(model_name, num_classes=data.num_classes, seed=seed)
+    batchnorm.convert(
+        model,
+        Groups(
+            batch_size=recipe.batch_size,
+            group_size=recipe.batchnorm_group,
+            share=share(recipe.batch_size, rank=rank, world_size=world_size),
+            is_distributed=world_size > 1,
+        ),
+    )
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)
     prepared_model, prepared_optimizer = accelerator.prepare(
@@ -121,8 +132,8 @@ def build_experiment(
         labels=train_labels,
         samples=samples,
         normalise=normalisation(recipe, data, train_images),
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=rank,
+        world_size=world_size,
     )
     stepper = Stepper(
         prepared_model,

@@ -37,6 +37,8 @@ class Recipe:
             "pixel-mean" subtracts the mean image, the paper's own preprocessing.
         padding: pixels of exact zeros around the normalised image, before the crop.
         flip: flip half of the images horizontally.
+        batchnorm_group: images that BatchNorm normalises together, whatever the number of
+            processes; divides batch_size.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Recipe:
     normalisation: Literal["channel", "pixel-mean"] = "channel"
     padding: int = 4
     flip: bool = True
+    batchnorm_group: int = 128
 
     def lr_at(self, iteration: int, *, depth: int) -> float:
         """Return the learning rate of one iteration, in closed form (paper, section 4.2).
@@ -109,6 +112,7 @@ RECIPES: dict[str, Recipe] = {
         HE2015,
         dataclasses.replace(HE2015, name="he2015-50k", validation_divisor=0),
         dataclasses.replace(HE2015, name="he2015-pixelmean", normalisation="pixel-mean"),
+        dataclasses.replace(HE2015, name="he2015-two-gpus", batchnorm_group=64),  # as the paper's
         shortened(HE2015, 8, name="he2015-eighth"),  # for laptops
         shortened(HE2015, 128, name="he2015-tiny"),  # the README's first command
         shortened(HE2015, 2000, name="he2015-smoke"),  # does this machine work at all?
