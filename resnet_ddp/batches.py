@@ -78,6 +78,8 @@ class Batches:
         labels: (N,) int64, on the device.
         samples: (n,) int64, the image numbers to train on.
         normalise: of the recipe and this data.
+        dtype, layout: of the images that come out; normalised in float32, rows of pixels,
+            whatever they are.
     """
 
     def __init__(
@@ -91,7 +93,11 @@ class Batches:
         normalise: Normalisation,
         rank: int = 0,
         world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.channels_last,
     ) -> None:
+        self.dtype = dtype
+        self.layout = layout
         self.recipe = recipe
         self.seed = seed
         self.images = images
@@ -108,10 +114,11 @@ class Batches:
         return self.order[iteration, self.share].long()
 
     def __call__(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """Return images (b, 3, 32, 32) float32, channels-last, and labels (b,) int64."""
+        """Return images (b, 3, 32, 32) and labels (b,) int64."""
         samples = self.samples_at(iteration)
         passes = (iteration * self.recipe.batch_size + self.places) // self.samples_per_pass
         draws = draw(self.recipe, seed=self.seed, passes=passes, samples=samples)
         images = self.normalise(self.images[samples])
         images = crop_and_flip(images, draws, self.recipe.padding)
-        return as_network_input(images), self.labels[samples]
+        images = as_network_input(images).to(self.dtype, memory_format=self.layout)
+        return images, self.labels[samples]

@@ -39,6 +39,10 @@ class Groups:
     share: slice
     is_distributed: bool
 
+    def __post_init__(self) -> None:
+        # Places that belong to no group would never be written.
+        assert self.batch_size % self.group_size == 0
+
     @property
     def num_groups(self) -> int:
         """G."""

@@ -19,6 +19,7 @@ class Cadence:
     """How often things are due, in iterations; none of it touches what is computed.
 
     Attributes:
+        look_every: how often the host looks whether it was asked to stop.
         total: iterations of the whole run.
         last: where this life ends, at most `total`.
     """
@@ -26,12 +27,13 @@ class Cadence:
     log_every: int
     eval_every: int
     save_every: int
+    look_every: int
     total: int
     last: int
 
     def next_due(self, done: int) -> int:
         """Return the first iteration after `done` at which anything is due."""
-        everies = (self.log_every, self.eval_every, self.save_every)
+        everies = (self.log_every, self.eval_every, self.save_every, self.look_every)
         return min(self.last, *(done - done % every + every for every in everies))
 
 
@@ -48,3 +50,8 @@ def default_eval_every(total: int) -> int:
 def default_save_every(device: str) -> int:
     """Return a spacing of checkpoints: under a minute of ResNet-20 on a CPU, seconds on a GPU."""
     return 4000 if device == "cuda" else 500
+
+
+def default_look_every(device: str) -> int:
+    """Return a spacing of looks at stop requests: a few seconds of the largest net at the most."""
+    return 50 if device == "cuda" else 5

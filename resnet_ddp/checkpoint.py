@@ -44,6 +44,14 @@ class Progress:
     metrics_bytes: int
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A verified checkpoint: where it stands, and its files' contents by name."""
+
+    progress: Progress
+    contents: dict[str, bytes]
+
+
 class DamagedError(Exception):
     """A checkpoint that is not what was once written."""
 
@@ -121,8 +129,8 @@ def _newest_first(directory: Path) -> list[Path]:
     return sorted(directory.glob("iteration-*"), reverse=True)
 
 
-def _verified(checkpoint: Path) -> tuple[Progress, dict[str, bytes]]:
-    """Return a checkpoint's progress and its files' contents.
+def _verified(checkpoint: Path) -> Stored:
+    """Read a checkpoint.
 
     Raises:
         DamagedError: if anything differs from what the manifest says.
@@ -137,45 +145,40 @@ def _verified(checkpoint: Path) -> tuple[Progress, dict[str, bytes]]:
             contents[name] = (checkpoint / name).read_bytes()
             if hashlib.sha256(contents[name]).hexdigest() != expected["sha256"]:
                 raise DamagedError(f"{name} has changed")
-        return Progress(manifest["iteration"], manifest["metrics_bytes"]), contents
+        return Stored(Progress(manifest["iteration"], manifest["metrics_bytes"]), contents)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
 
 
-def load_newest(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress | None:
-    """Load the newest checkpoint that verifies into model and optimizer, in place.
+def read_newest(directory: Path, *, metrics_path: Path) -> Stored | None:
+    """Return the newest checkpoint that verifies, or None if there is none.
 
-    A damaged one is renamed to `damaged-...`, with a warning.
-
-    Returns:
-        Where the run stands, or None if there is no valid checkpoint.
+    A damaged one, or one that has lost the metrics from before it, is renamed to `damaged-...`,
+    with a warning.
     """
+    metrics_bytes = metrics_path.stat().st_size if metrics_path.exists() else 0
     for checkpoint in _newest_first(directory):
         try:
-            progress, contents = _verified(checkpoint)
+            stored = _verified(checkpoint)
+            if stored.progress.metrics_bytes > metrics_bytes:
+                raise DamagedError(f"{metrics_path} is shorter than it was")
+            return stored
         except DamagedError as error:
             aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{os.getpid()}")
             checkpoint.rename(aside)
             warnings.warn(f"checkpoint set aside as {aside}: {error}", stacklevel=2)
-            continue
-        _restore(model, optimizer, contents)
-        return progress
     return None
 
 
-def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, contents: dict[str, bytes]
-) -> None:
-    stored = load_tensors(contents[MODEL_FILE])
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Stored) -> None:
+    """Put a checkpoint's tensors into model and optimizer, in place."""
+    tensors = load_tensors(stored.contents[MODEL_FILE])
     state = model.state_dict()
-    if stored.keys() != state.keys():
-        raise AssertionError("a run directory holds checkpoints of its own model only")
+    assert tensors.keys() == state.keys(), "a run directory holds its own model's checkpoints only"
     with torch.no_grad():
-        for name, tensor in stored.items():
+        for name, tensor in tensors.items():
             state[name].copy_(tensor)  # keeps device and memory layout
-        momentum = load_tensors(contents[OPTIMIZER_FILE])
+        momentum = load_tensors(stored.contents[OPTIMIZER_FILE])
         for name, parameter in model.named_parameters():
             if name in momentum:
                 buffer = torch.empty_like(parameter).copy_(momentum[name])

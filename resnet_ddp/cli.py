@@ -6,7 +6,9 @@ A wrong command line, unfit data and a run that is done are answered before torc
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,16 @@ from pathlib import Path
 from resnet_ddp import __version__, datasets
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.exits import Exit, ExitCode, UserError
-from resnet_ddp.options import DEVICES, Parser, TrainOptions, add_options, option, read_options
+from resnet_ddp.options import (
+    DEVICES,
+    LocalTrainOptions,
+    Parser,
+    TrainOptions,
+    add_options,
+    as_arguments,
+    option,
+    read_options,
+)
 from resnet_ddp.recipe import RECIPES
 from resnet_ddp.runs import Cell, RunDirectory
 
@@ -61,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name, options, run in (
         ("prepare", PrepareOptions, prepare),
-        ("train", TrainOptions, train),
+        ("train", LocalTrainOptions, train_locally),
         ("bench", BenchOptions, bench),
     ):
         help_line = (options.__doc__ or "").strip()
@@ -81,12 +92,18 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     namespace: argparse.Namespace = parser.parse_args(argv)
-    run: Callable[[object], ExitCode] = namespace.run
+    run: Callable[[object], int] = namespace.run
     try:
         return int(run(read_options(namespace, namespace.options)))
     except Exit as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        if not error.is_told:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
         return int(error.code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{parser.prog}: {error}; make room, and the same command goes on", file=sys.stderr)
+        return int(ExitCode.TEMPORARY)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -113,21 +130,44 @@ def prepare(options: PrepareOptions) -> ExitCode:
 
 def train(options: TrainOptions) -> ExitCode:
     """Train one run, unless it is done."""
-    data_directory = find_data(options.data)
-    data = datasets.read_record(data_directory)
-    recipe = RECIPES[options.recipe]
-    grid = options.grid or f"{data.name}-{recipe.name}"
-    cell = Cell(grid, options.model, options.seed, recipe, data)
-    directory = RunDirectory(Path(options.runs), cell)
-    directory.check_identity()
+    data_directory, directory = find_run(options)
     if directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
         code = train_run(options, directory, lambda: datasets.load_dataset(data_directory))
         if code is not ExitCode.DONE:
             return code
-    print(result_line(directory))
+    if is_main_process():
+        print(result_line(directory))
     return ExitCode.DONE
+
+
+def train_locally(options: LocalTrainOptions) -> int:
+    """Train one run in this process, or in several of this machine."""
+    is_launched = "RANK" in os.environ
+    if options.processes == 1 or is_launched or find_run(options)[1].result() is not None:
+        return train(options)
+    from resnet_ddp.launcher import launch
+
+    return launch(options.processes, "resnet_ddp", ["train", *as_arguments(options)])
+
+
+def find_run(options: TrainOptions) -> tuple[Path, RunDirectory]:
+    """Return the prepared directory and the run directory that the options name."""
+    data_directory = find_data(options.data)
+    data = datasets.read_record(data_directory)
+    recipe = RECIPES[options.recipe]
+    grid = options.grid or f"{data.name}-{recipe.name}"
+    directory = RunDirectory(
+        Path(options.runs), Cell(grid, options.model, options.seed, recipe, data)
+    )
+    directory.check_identity()
+    return data_directory, directory
+
+
+def is_main_process() -> bool:
+    """Say whether this process is the one of its launch that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def bench(options: BenchOptions) -> ExitCode:

@@ -141,6 +141,22 @@ def write_dataset(
         raise _cannot_write(directory, error) from error
 
 
+def in_memory(
+    *,
+    name: str,
+    source: str,
+    classes: Sequence[str],
+    train: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]],
+    test: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]],
+) -> Dataset:
+    """Return a data set that is on no disk.
+
+    Raises:
+        UserError: the data is unfit.
+    """
+    return _assemble(Path(name), name, source, classes, train, test, original=None)
+
+
 def load_dataset(directory: str | os.PathLike[str]) -> Dataset:
     """Read a prepared directory and verify all of it, the hash included.
 

@@ -35,11 +35,12 @@ def error_rate(
     """
     was_training = model.training
     model.eval()
+    dtype = next(model.parameters()).dtype
     errors = torch.zeros((), dtype=torch.int64, device=images.device)
     blocks = torch.split(samples.to(images.device), BLOCK)
     for block in blocks[accelerator.process_index :: accelerator.num_processes]:
         with accelerator.autocast():
-            logits = model(as_network_input(normalise(images[block])))
+            logits = model(as_network_input(normalise(images[block])).to(dtype))
         errors += (logits.argmax(dim=1) != labels[block]).sum()
     model.train(was_training)
     total: Tensor = accelerator.reduce(errors, reduction="sum")

@@ -7,7 +7,7 @@ line on stderr and an exit code. Any other exception is a bug of ours and keeps 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class ExitCode(IntEnum):
@@ -25,6 +25,12 @@ class Exit(Exception):
     """End the command with `code`; the message is the line or two that the user reads."""
 
     code: ClassVar[ExitCode]
+    is_told = False
+
+    def told(self) -> Self:
+        """Mark that another process has told the user; return the same."""
+        self.is_told = True
+        return self
 
 
 class UserError(Exit):

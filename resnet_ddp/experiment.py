@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from resnet_ddp import batchnorm, machine
+from resnet_ddp import batchnorm, machine, processes
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.augment import Normalisation
 from resnet_ddp.batches import Batches, share, split
@@ -80,25 +80,25 @@ def build_experiment(
     precision: str,
     compile: bool,
     threads: int,
+    channels_last: bool = True,
 ) -> Experiment:
     """Put data and model on the device and prepare the step.
 
     Args:
         model_name: a key of `ARCHITECTURES`.
         device: "cuda", "mps" or "cpu".
-        precision: "bf16" (autocast; weights, momentum, BatchNorm statistics in fp32) or "fp32".
+        precision: "bf16" (autocast; weights, momentum, BatchNorm statistics in fp32), "fp32", or
+            "fp64" to compare with.
         threads: of the CPU, for this process.
+        channels_last: layout of weights and maps, for speed.
 
     Raises:
-        UserError: the data is less than a batch, or there is more than one process.
+        UserError: the data is less than a batch, or the processes did not find each other.
     """
     torch.set_num_threads(threads)  # accelerate launch would leave us one
     machine.forbid_inexact_arithmetic()
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
-    )
-    if accelerator.num_processes > 1:
-        raise UserError("one process trains one run for now: launch it with --num_processes 1")
+    processes.join(device)
+    accelerator = processes.make_accelerator(device, precision)
     samples, val_samples = split(recipe, len(data.train_labels))
     if len(samples) < recipe.batch_size:
         raise UserError(
@@ -116,10 +116,12 @@ def build_experiment(
             is_distributed=world_size > 1,
         ),
     )
-    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(accelerator.device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)
-    prepared_model, prepared_optimizer = accelerator.prepare(
-        torch.compile(model) if compile else model, optimizer
+    prepared_model, prepared_optimizer = processes.prepare(
+        accelerator, torch.compile(model) if compile else model, optimizer
     )
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(array).to(accelerator.device)
@@ -134,6 +136,8 @@ def build_experiment(
         normalise=normalisation(recipe, data, train_images),
         rank=rank,
         world_size=world_size,
+        dtype=dtype,
+        layout=layout,
     )
     stepper = Stepper(
         prepared_model,

@@ -83,6 +83,15 @@ class TrainOptions:
     )
 
 
+@dataclass(frozen=True)
+class LocalTrainOptions(TrainOptions):
+    """Train one network by one recipe, or go on where the same command was interrupted."""
+
+    processes: int = option(
+        1, minimum=1, metavar="W", help="processes on this machine that share each batch"
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """Answers a wrong command line with one line, the nearest right word in it, and exit code 2."""
 
@@ -120,8 +129,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean X?" for the known word that `word` most resembles, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=5, cutoff=0.5)
     # difflib sees no difference between resnet20 and resnet32 for resnet21; the beginning tells.
-    best = max(matches, key=lambda match: _common_prefix(word, match), default=None)
+    best = max(matches, key=lambda match: _likeness(word, match), default=None)
     return f", did you mean {best}?" if best else ""
+
+
+def _likeness(word: str, other: str) -> tuple[float, int]:
+    return difflib.SequenceMatcher(None, other, word).ratio(), _common_prefix(word, other)
 
 
 def _common_prefix(word: str, other: str) -> int:
@@ -144,7 +157,7 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         kwargs: dict[str, Any] = {"help": field.metadata["help"]}
-        flag = "--" + field.name.rstrip("_").replace("_", "-")
+        flag = _flag(field)
         value_type = _value_type(hints[field.name])
         if value_type is bool:
             parser.add_argument(
@@ -167,6 +180,24 @@ def read_options(namespace: argparse.Namespace, options: type[Options]) -> Optio
     """Return what was parsed as an instance of the dataclass."""
     names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
     return options(**{name: getattr(namespace, name) for name in names})
+
+
+def as_arguments(options: Any) -> list[str]:
+    """Return command-line arguments that `read_options` reads back as the same options."""
+    arguments = []
+    for field in dataclasses.fields(options):
+        value, flag = getattr(options, field.name), _flag(field)
+        if field.default is MISSING:
+            arguments.append(str(value))
+        elif isinstance(value, bool):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.rstrip("_").replace("_", "-")
 
 
 def _value_type(hint: Any) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -69,6 +68,7 @@ class RunDirectory:
 
     def __init__(self, runs: Path, cell: Cell) -> None:
         self.cell = cell
+        self._lock: TextIO | None = None
         self.path = runs / cell.grid / cell.model / f"seed{cell.seed}"
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
@@ -78,35 +78,32 @@ class RunDirectory:
         self.weights_path = self.path / "model.safetensors"
         self.result_path = self.path / "result.json"
 
-    def create(self) -> None:
-        """Make the directory.
+    def acquire(self) -> None:
+        """Make the directory and take it for this process, until `release`.
 
         Raises:
-            UserError: if that is not possible.
+            UserError: it cannot be written.
+            TemporaryError: another process has it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError("not writable")
+            self._lock = open(self.path / "lock", "a")
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot write there ({error.strerror or error}); "
                 "choose another directory with --runs"
             ) from error
-
-    def lock(self) -> TextIO:
-        """Take the directory for this process, until the returned file is closed.
-
-        Raises:
-            TemporaryError: if another process has it.
-        """
-        file = open(self.path / "lock", "a")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.close()
+            self.release()
             raise TemporaryError(f"{self.path}: another process is training this run") from error
-        return file
+
+    def release(self) -> None:
+        """Let others have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def config(self) -> dict[str, Any] | None:
         """Return the settled configuration, or None before the first start."""
@@ -191,7 +188,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     """
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it or its run to go on") from error

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ddp.counter_rng import Stream, philox4x32
-from resnet_ddp.datasets import write_dataset
+from resnet_ddp.datasets import Dataset, in_memory, write_dataset
 
 Array = NDArray[Any]
 Distance = Callable[[Array, Array], Array]
@@ -28,17 +28,29 @@ TRAIN_PER_CLASS, TEST_PER_CLASS = 1000, 200
 
 def prepare_shapes(directory: Path) -> None:
     """Draw the data set into a prepared directory."""
-    images, labels = draw(TRAIN_PER_CLASS + TEST_PER_CLASS)
-    num_train = TRAIN_PER_CLASS * len(SHAPES)
+    drawn = dataset(TRAIN_PER_CLASS, TEST_PER_CLASS)
     write_dataset(
         directory,
+        name=drawn.name,
+        source=drawn.source,
+        classes=drawn.classes,
+        train_images=drawn.train_images,
+        train_labels=drawn.train_labels,
+        test_images=drawn.test_images,
+        test_labels=drawn.test_labels,
+    )
+
+
+def dataset(train_per_class: int, test_per_class: int) -> Dataset:
+    """Return a data set of any size, in memory; the first images are the same at every size."""
+    images, labels = draw(train_per_class + test_per_class)
+    num_train = train_per_class * len(SHAPES)
+    return in_memory(
         name="shapes",
         source="drawn by resnet_ddp.shapes",
         classes=tuple(SHAPES),
-        train_images=images[:num_train],
-        train_labels=labels[:num_train],
-        test_images=images[num_train:],
-        test_labels=labels[num_train:],
+        train=(images[:num_train], labels[:num_train]),
+        test=(images[num_train:], labels[num_train:]),
     )
 
 

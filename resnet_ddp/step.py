@@ -7,6 +7,8 @@ Shapes: b images of this rank, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -44,7 +46,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[[Tensor], Tensor],
         optimizer: AcceleratedOptimizer,
         batches: Batches,
         accelerator: Accelerator,

@@ -51,6 +51,17 @@ class JsonLines:
         self._file.close()
 
 
+class NoLines(JsonLines):
+    """What every process but the main one writes its lines to."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+
+    def sync(self) -> int:
+        """Return 0: there is nothing on disk."""
+        return 0
+
+
 class Throughput:
     """Images per second since the last reading, evaluations and saves left out.
 
@@ -150,6 +161,19 @@ class PlainDisplay:
     def note(self, text: str) -> None:
         """Show a line."""
         print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class NoDisplay:
+    """What every process but the main one shows."""
+
+    def update(self, iteration: int, *, loss: float, lr: float, images_per_second: float) -> None:
+        """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""
 
     def close(self) -> None:
         """Do nothing."""

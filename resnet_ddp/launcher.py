@@ -1,0 +1,88 @@
+"""`resnet-ddp train --processes W`: start W processes on this machine and keep their exit code.
+
+Unlike `torchrun` and `accelerate launch` it ends with the code of the run (0, 2, 65, 75, 85), not
+with 1. The launcher holds the store that the processes meet at, on a port that the system chose, so
+that no two launches can collide.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from resnet_ddp.exits import ExitCode
+
+GRACE = 20.0  # seconds between the end of the first process and the end of patience with the others
+POLL = 0.1  # seconds
+
+
+def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m MODULE ARGUMENTS` in so many processes; return the code of the first to fail.
+
+    A signal that asks to stop is passed on, and the processes agree among themselves.
+
+    Returns:
+        DONE if all processes are done; TEMPORARY if a signal killed one.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=os.environ | _identity(rank, num_processes, store.port),
+        )
+        for rank in range(num_processes)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(children)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _identity(rank: int, num_processes: int, port: int) -> dict[str, str]:
+    """Return the environment by which torch and Accelerate know a process."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store above, not one of rank 0's
+    }
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; once one has failed, give the others time to end by themselves."""
+    first_failure: int | None = None
+    deadline = float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(POLL)
+        failed = [child.returncode for child in children if child.returncode]
+        if failed and first_failure is None:
+            first_failure = failed[0]
+            deadline = time.monotonic() + GRACE
+    codes = [child.returncode for child in children if child.returncode]
+    code = first_failure if first_failure is not None else next(iter(codes), 0)
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"resnet-ddp: a process was killed by {name}", file=sys.stderr)
+        return ExitCode.TEMPORARY
+    return code
