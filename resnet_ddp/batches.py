@@ -17,16 +17,22 @@ from resnet_ddp.augment import Normalisation, as_network_input, crop_and_flip, d
 from resnet_ddp.counter_rng import Stream, philox4x32
 from resnet_ddp.recipe import Recipe
 
+PERMUTED_AT_ONCE = 1 << 20  # numbers; bounds the memory that the orders take to compute
 
-def permutation(
-    size: int, *, seed: int, stream: Stream, pass_number: int = 0, device: torch.device | str
-) -> Tensor:
-    """Return a permutation of 0..size-1 (int64): the order of `size` keyed 62-bit numbers."""
-    numbers = torch.arange(size, device=device)
+
+def permutations(size: int, *, seed: int, stream: Stream, passes: Tensor) -> Tensor:
+    """Return a permutation of 0..size-1 for each pass, (P, size) int64, keyed by (seed, pass).
+
+    It is the order of `size` keyed 63-bit numbers.
+
+    Args:
+        passes: (P,) int64; the result lies on the same device.
+    """
+    numbers = torch.arange(size, device=passes.device).expand(len(passes), size)
     zero = torch.zeros_like(numbers)
-    high, low, _, _ = philox4x32((zero + pass_number, numbers, zero, zero), (seed, stream))
+    high, low, _, _ = philox4x32((zero + passes[:, None], numbers, zero, zero), (seed, stream))
     # Ties (odds about 1e-10 a pass) go by number, so the order is defined on every device.
-    return torch.argsort((high << 31) | (low >> 1), stable=True)
+    return torch.argsort((high << 31) | (low >> 1), dim=1, stable=True)
 
 
 def split(recipe: Recipe, num_images: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +41,7 @@ def split(recipe: Recipe, num_images: int) -> tuple[Tensor, Tensor]:
     The split belongs to the recipe and not to the seed: every seed of a grid is validated on the
     same images.
     """
-    order = permutation(num_images, seed=0, stream=Stream.SPLIT, device="cpu")
+    order = permutations(num_images, seed=0, stream=Stream.SPLIT, passes=torch.tensor([0]))[0]
     num_val = recipe.num_val(num_images)
     return order[num_val:].sort().values, order[:num_val].sort().values
 
@@ -50,19 +56,13 @@ def sample_order(
     """
     total = recipe.iterations * recipe.batch_size
     samples = samples.to(device=device, dtype=torch.int32)
-    passes = [
-        samples[
-            permutation(
-                len(samples),
-                seed=seed,
-                stream=Stream.ORDER,
-                pass_number=number,
-                device=device,
-            )
-        ]
-        for number in range(-(-total // len(samples)))
+    passes = torch.arange(-(-total // len(samples)), device=device)
+    at_once = max(1, PERMUTED_AT_ONCE // len(samples))
+    orders = [
+        samples[permutations(len(samples), seed=seed, stream=Stream.ORDER, passes=some)].flatten()
+        for some in torch.split(passes, at_once)
     ]
-    return torch.cat(passes)[:total].view(recipe.iterations, recipe.batch_size)
+    return torch.cat(orders)[:total].view(recipe.iterations, recipe.batch_size)
 
 
 def share(batch_size: int, *, rank: int, world_size: int) -> slice:

@@ -1,6 +1,6 @@
 """The command line: `resnet-ddp prepare | train | bench`, and `train.py` behind a launcher.
 
-A wrong command line, unfit data and a run that is done are answered before torch is imported.
+A wrong command line, missing data and a run that is done are answered before torch is imported.
 """
 
 from __future__ import annotations

@@ -70,7 +70,6 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Classes that labels point to."""
         """Number of classes; labels are below it."""
         return len(self.classes)
 

@@ -80,7 +80,6 @@ def build_experiment(
     precision: str,
     compile: bool,
     threads: int,
-    channels_last: bool = True,
 ) -> Experiment:
     """Put data and model on the device and prepare the step.
 
@@ -90,7 +89,6 @@ def build_experiment(
         precision: "bf16" (autocast; weights, momentum, BatchNorm statistics in fp32), "fp32", or
             "fp64" to compare with.
         threads: of the CPU, for this process.
-        channels_last: layout of weights and maps, for speed.
 
     Raises:
         UserError: the data is less than a batch, or the processes did not find each other.
@@ -117,7 +115,7 @@ def build_experiment(
         ),
     )
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = fitting_layout(device, precision)
     model.to(accelerator.device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)
     prepared_model, prepared_optimizer = processes.prepare(
@@ -160,6 +158,18 @@ def build_experiment(
         samples=samples,
         val_samples=val_samples,
     )
+
+
+def fitting_layout(device: str, precision: str) -> torch.memory_format:
+    """Return channels-last, which is faster, unless it would cost the oracle its digits.
+
+    On a CPU torch's BatchNorm adds up channels-last maps one number after the other: in fp32 the
+    gradient of the first convolution comes out 1.7% from that of float64, 0.1% when contiguous. In
+    bf16 that is far below the rounding of the maps themselves.
+    """
+    if device == "cpu" and precision == "fp32":
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def normalisation(recipe: Recipe, data: Dataset, train_images: Tensor) -> Normalisation:

@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -38,6 +40,7 @@ FIRST_STEP_TIMEOUT = max(TIMEOUT, 1800.0)
 ROLL_CALL = 5.0  # seconds for the survivors of a lost process to report
 
 PR_SET_PDEATHSIG = 1
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def end_with_launcher() -> None:
@@ -60,10 +63,19 @@ def join(device: str) -> PartialState:
         UserError: the environment is half a launch, or the processes do not know of each other.
     """
     announced = int(os.environ.get("WORLD_SIZE", "1"))
-    if announced > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+    asked = _asked_of_accelerate() if announced == 1 else announced
+    if asked > announced:
         raise UserError(
-            f"WORLD_SIZE is {announced} but RANK or LOCAL_RANK is not set: start the processes "
-            "with resnet-ddp train --processes, torchrun, or a configuration in launch/"
+            f"accelerate launch was asked for {asked} processes and started one, as it does with "
+            "--cpu; use --config_file launch/cpu.yaml, or resnet-ddp train --processes"
+        )
+    is_half = "RANK" not in os.environ and ("MASTER_ADDR" in os.environ or announced > 1)
+    if is_half or ("RANK" in os.environ and "LOCAL_RANK" not in os.environ):
+        present = [name for name in LAUNCH_VARIABLES if name in os.environ]
+        raise UserError(
+            f"the environment is half a launch's ({', '.join(present)}, but not all of "
+            f"{', '.join(LAUNCH_VARIABLES)}): unset them, or start with resnet-ddp train "
+            "--processes, torchrun, or a configuration in launch/"
         )
     if announced > HE2015.batch_size:
         raise UserError(
@@ -79,6 +91,22 @@ def join(device: str) -> PartialState:
             "would train apart; use resnet-ddp train --processes or a configuration in launch/"
         )
     return state
+
+
+def _asked_of_accelerate() -> int:
+    """Return the --num_processes of the `accelerate launch` that started this process, else 1."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return 1
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return 1  # not Linux: nobody to ask
+    for word, following in pairwise([*words, ""]):
+        flag, _, value = word.partition("=")
+        if flag.replace("-", "_") == "__num_processes":
+            value = value or following
+            return int(value) if value.isdigit() else 1
+    return 1
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
@@ -152,10 +180,11 @@ def agree(state: PartialState, facts: dict[str, Any]) -> None:
     for rank, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs.get(name) != value:
-                raise UserError(
+                ending = UserError(
                     f"the processes differ in {name}: {value} in process 0, {theirs.get(name)} in "
                     f"process {rank}; start all with the same command, code and data"
                 )
+                raise ending if state.is_main_process else ending.told()
 
 
 def total(state: PartialState, value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,13 +30,24 @@ IDENTITY = ("model", "seed", "recipe", "recipe_hash", "data_sha256")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid; its directory is a pure function of it."""
+    """One run of a grid; its directory is a pure function of it.
+
+    Raises:
+        UserError: the grid's name is not one that a directory can have anywhere.
+    """
 
     grid: str
     model: str
     seed: int
     recipe: Recipe
     data: DataRecord
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w+-][\w.+ -]{0,199}", self.grid):
+            raise UserError(
+                f"a grid cannot be called {self.grid!a}: choose letters, digits, '.', '_' and '-' "
+                "with --grid"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what every record of the run says of it."""

@@ -1,0 +1,165 @@
+"""Checkpoints: the same bits back, and never less than what was there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet_ddp.checkpoint import Progress, read_newest, restore, save
+from resnet_ddp.exits import TemporaryError
+
+FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors"]
+
+
+class Trained:
+    """A small net with an optimizer, after one step."""
+
+    def __init__(self, seed: int = 0, steps: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)
+        )
+        for parameter in self.model.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.images = torch.randn(5, 3, 8, 8, generator=generator)
+        for _ in range(steps):
+            self.step(self.images)
+
+    def step(self, images: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.model(images).square().mean().backward()
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        momentum = {
+            f"momentum {name}": self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.model.named_parameters()
+            if self.optimizer.state[parameter]
+        }
+        return {k: v.detach().clone() for k, v in (self.model.state_dict() | momentum).items()}
+
+    def save(self, directory: Path, iteration: int) -> Path:
+        progress = Progress(iteration, metrics_bytes=10 * iteration)
+        return save(directory, self.model, self.optimizer, progress)
+
+    def load(self, directory: Path) -> Progress | None:
+        """Restore the newest checkpoint of a run whose metrics.jsonl has 1,000 bytes."""
+        metrics = directory.with_name("metrics.jsonl")
+        metrics.write_bytes(bytes(1_000))
+        stored = read_newest(directory, metrics_path=metrics)
+        if stored is None:
+            return None
+        restore(self.model, self.optimizer, stored)
+        return stored.progress
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def test_round_trip_bit_for_bit(folder: Path) -> None:
+    first, second = Trained(seed=0), Trained(seed=1, steps=0)
+    checkpoint = first.save(folder, 7)
+    assert names(checkpoint) == FILES
+    assert second.load(folder) == Progress(iteration=7, metrics_bytes=70)
+    assert_same_bits(first.state(), second.state())
+    assert second.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    first.step(first.images)
+    second.step(first.images)
+    assert_same_bits(first.state(), second.state())
+
+
+def test_nothing_there_is_a_fresh_start(folder: Path) -> None:
+    assert Trained().load(folder / "nothing") is None
+
+
+def test_the_two_newest_are_kept(folder: Path) -> None:
+    for iteration in (1, 9, 10, 99):
+        Trained().save(folder, iteration)
+    assert names(folder) == ["iteration-00000010", "iteration-00000099"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    folder: Path, file: str, damage: Callable[[Path], Any]
+) -> None:
+    older = Trained(seed=0)
+    older.save(folder, 1)
+    damage(Trained(seed=1).save(folder, 2) / file)
+    loaded = Trained(seed=2)
+    with pytest.warns(UserWarning, match="set aside as .*damaged-iteration-00000002"):
+        assert loaded.load(folder) == Progress(1, 10)
+    assert_same_bits(loaded.state(), older.state())
+    aside, kept = names(folder)
+    assert aside.startswith("damaged-iteration-00000002")
+    assert kept == "iteration-00000001"
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("owner", "function"), [(os, "rename"), (Path, "write_bytes")])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str
+) -> None:
+    older = Trained(seed=0)
+    older.save(folder, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, no_space)
+        with pytest.raises(TemporaryError, match="No space left"):
+            Trained(seed=1).save(folder, 2)
+    assert names(folder) == ["iteration-00000001"]
+    loaded = Trained(seed=2)
+    assert loaded.load(folder) == Progress(1, 10)
+    assert_same_bits(loaded.state(), older.state())
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_save(folder: Path) -> None:
+    (folder / ".saving-123").mkdir()
+    (folder / ".saving-123" / "model.safetensors").write_bytes(b"half")
+    assert Trained().load(folder) is None
+    Trained().save(folder, 1)
+    assert names(folder) == ["iteration-00000001"]
+
+
+def test_a_checkpoint_that_lost_the_metrics_before_it_is_set_aside(folder: Path) -> None:
+    older = Trained(seed=0)
+    older.save(folder, 1)
+    Trained(seed=1).save(folder, 101)  # 1,010 bytes of metrics, but there are 1,000
+    loaded = Trained(seed=2)
+    with pytest.warns(UserWarning, match="metrics.jsonl is shorter"):
+        assert loaded.load(folder) == Progress(1, 10)
+    assert_same_bits(loaded.state(), older.state())

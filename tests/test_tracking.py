@@ -1,0 +1,83 @@
+"""metrics.jsonl is the truth; the display is for people."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from resnet_ddp import tracking
+from resnet_ddp.tracking import JsonLines, Throughput, make_display
+
+
+def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path)
+    first.write(iteration=1, **{"train/loss": 1 / 3})
+    length = first.sync()
+    first.write(iteration=2)
+    first.close()
+    second = JsonLines(path, length=length)
+    second.write(iteration=2, lr=0.1)
+    second.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"iteration": 1, "train/loss": 1 / 3}, {"iteration": 2, "lr": 0.1}]
+    assert length == len(path.read_text().splitlines()[0]) + 1
+
+
+def test_not_a_number_is_refused(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="JSON"):
+        lines.write(iteration=1, loss=float("nan"))
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_throughput_leaves_out_what_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 50.0, 52.0, 90.0, 91.0])
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(clock))
+    throughput = Throughput(batch_size=128)
+    for _ in range(2):
+        with throughput.measured(iterations=10):
+            pass
+    assert throughput.read() == 20 * 128 / 4
+    with throughput.measured(iterations=5):
+        pass
+    assert throughput.read() == 5 * 128 / 1
+    assert throughput.seconds == 5
+
+
+def test_a_log_file_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 5.0, 100.0, 101.0, 200.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    display = make_display("resnet20 seed 0", start=1_000, total=3_000)
+    for iteration in (1_050, 2_000, 2_010, 3_000):
+        display.update(iteration, loss=1.25, lr=0.1, images_per_second=1234.4)
+    display.close()
+    one, two = capsys.readouterr().err.splitlines()
+    assert one == (
+        "resnet20 seed 0  iteration 2,000/3,000  1,234 images/s  loss 1.250  lr 0.1  0:01:40 left"
+    )
+    assert "iteration 3,000/3,000" in two
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    display = make_display("resnet20 seed 0", start=0, total=500)
+    display.update(250, loss=1.25, lr=0.01, images_per_second=1234.4)
+    display.note("runs/[a]/seed0: a line that stays")
+    display.close()
+    for part in ("resnet20", "250/500", "1,234 images/s", "loss 1.250", "lr 0.01", "left"):
+        assert part in terminal.getvalue()
+    assert "runs/[a]/seed0: a line that stays" in terminal.getvalue()
