@@ -52,13 +52,15 @@ class TrainOptions:
     model: str = option(
         metavar="MODEL", choices=ARCHITECTURES, help="resnet20, resnet56, resnet110, plain20, ..."
     )
-    seed: int = option(0, minimum=0, help="of initialisation, sample order and augmentation")
+    seed: int = option(
+        0, minimum=0, metavar="N", help="of initialisation, sample order and augmentation"
+    )
     data: str = option(
         "cifar10",
         metavar="DIR",
         help="a prepared directory; or shapes, cifar10, cifar100, made on first use",
     )
-    recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help="named recipe")
+    recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help=", ".join(RECIPES))
     runs: str = option("runs", metavar="DIR", help="where run directories lie")
     grid: str | None = option(None, metavar="NAME", help="group of runs; default <data>-<recipe>")
     precision: str | None = option(

@@ -116,7 +116,7 @@ class BarDisplay:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self._console,
         )
