@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,22 @@ def _cpu_has(query: str) -> bool:
 
 
 def pick_compile(device: str) -> bool:
-    """Say whether compiling pays without being asked for: on CUDA, where Triton comes with torch.
+    """Say whether compiling pays without being asked for: on CUDA, if there is what it takes.
 
-    On a CPU it needs a C++ compiler and most of a minute, too long for a default.
+    On a CPU it takes most of a minute, too long for a default.
     """
-    return device == "cuda"
+    return device == "cuda" and missing_for_compile(device) is None
+
+
+def missing_for_compile(device: str) -> str | None:
+    """Return what torch.compile would miss on this machine, or None."""
+    if device == "cuda" and find_spec("triton") is None:
+        return "Triton"
+    names = ("gcc", "clang", "cc") if device == "cuda" else ("g++", "clang++", "c++")
+    compiler = os.environ.get("CC" if device == "cuda" else "CXX")
+    if not any(shutil.which(name) for name in (compiler, *names) if name):
+        return f"a compiler ({names[0]})"
+    return None
 
 
 def forbid_inexact_arithmetic() -> None:

@@ -18,7 +18,7 @@ from resnet_ddp import cadence, checkpoint, durable, machine, processes
 from resnet_ddp.cadence import Cadence, is_due
 from resnet_ddp.checkpoint import Progress
 from resnet_ddp.datasets import Dataset
-from resnet_ddp.exits import Exit, ExitCode, NotFiniteError
+from resnet_ddp.exits import Exit, ExitCode, NotFiniteError, UserError
 from resnet_ddp.experiment import Experiment, build_experiment
 from resnet_ddp.models import num_parameters
 from resnet_ddp.options import TrainOptions
@@ -108,7 +108,10 @@ def settle(options: TrainOptions, directory: RunDirectory, device: str) -> Setti
         log_every=cadence.default_log_every(iterations),
         eval_every=cadence.default_eval_every(iterations),
     )
-    return directory.settle(requested, default)
+    settings = directory.settle(requested, default)
+    if settings.compile and (missing := machine.missing_for_compile(device)):
+        raise UserError(f"compiling needs {missing}, which this machine lacks; use --no-compile")
+    return settings
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from resnet_ddp import __version__, machine
+from resnet_ddp.cli import main
 from resnet_ddp.exits import UserError
 
 
@@ -67,3 +69,17 @@ def test_a_record_names_hardware_versions_and_code() -> None:
     assert record["versions"]["resnet_ddp"] == __version__ == "0.1.0"
     assert record["versions"]["torch"] == torch.__version__
     assert {"cores", "os", "git_commit"} < record.keys()
+
+
+def test_compiling_without_a_compiler_is_refused_in_a_line(
+    small_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    arguments = ["train", "resnet20", "--data", str(small_data), "--runs", str(tmp_path / "runs")]
+    assert main([*arguments, "--device", "cpu", "--compile"]) == 2
+    assert "compiling needs a compiler (g++)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
