@@ -88,7 +88,7 @@ class Block(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.shortcut is not None:
-            out = out + self.shortcut(x)
+            out += self.shortcut(x)  # in place: what BatchNorm saved is its input
         return F.relu(out, inplace=True)
 
 

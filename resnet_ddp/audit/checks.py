@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from resnet_ddp.exits import ExitCode
 
 WIDTH = 100  # columns
-ID_WIDTH = 26
+ID_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def show(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(show, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key} {show(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {show(item)}" for key, item in value.items())
     return str(value)
 
 

@@ -30,7 +30,7 @@ def coded_dataset() -> Dataset:
     train, test = np.arange(NUM_TRAIN), np.arange(NUM_TEST)
     return in_memory(
         name="coded",
-        source="made by resnet_ddp.coded",
+        source="made by resnet_ddp.audit",
         classes=tuple("0123456789"),
         train=(coded_images(train), train % 10),
         test=(coded_images(FIRST_TEST + test), test % 10),
