@@ -46,6 +46,15 @@ def split(recipe: Recipe, num_images: int) -> tuple[Tensor, Tensor]:
     return order[num_val:].sort().values, order[:num_val].sort().values
 
 
+def curve_samples(samples: Tensor, *, num_images: int) -> Tensor:
+    """Return the images behind a point of the training curve, ascending (int64).
+
+    Drawn from those trained on, the same for every seed: a file may well be sorted by class.
+    """
+    order = permutations(len(samples), seed=0, stream=Stream.CURVE, passes=torch.tensor([0]))[0]
+    return samples[order[:num_images]].sort().values
+
+
 def sample_order(
     recipe: Recipe, *, seed: int, samples: Tensor, device: torch.device | str
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `resnet-ddp prepare | train | bench`, and `train.py` behind a launcher.
+"""The command line: `resnet-ddp prepare | train | bench | audit`, and `train.py` behind a launcher.
 
 A wrong command line, missing data and a run that is done are answered before torch is imported.
 """
@@ -6,7 +6,6 @@ A wrong command line, missing data and a run that is done are answered before to
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -14,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_ddp import __version__, datasets
+from resnet_ddp import __version__, datasets, durable
 from resnet_ddp.architectures import ARCHITECTURES
+from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
 from resnet_ddp.options import (
     DEVICES,
@@ -65,6 +65,21 @@ class BenchOptions:
     json: bool = option(False, help="print JSON instead of a table")
 
 
+@dataclass(frozen=True)
+class AuditOptions:
+    """Prove the recipe assertion by assertion, or what a run's records say was really trained."""
+
+    run: str | None = option(
+        None, metavar="RUN", positional=True, help="a run directory; default: the recipe itself"
+    )
+    recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help="recipe to hold up")
+    processes: int = option(
+        1, minimum=1, metavar="W", help="train on W processes and on one, and compare"
+    )
+    device: str = option("auto", choices=DEVICES, help="of --processes")
+    json: bool = option(False, help="print JSON instead of text")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `resnet-ddp` and return its exit code."""
     parser = Parser(prog="resnet-ddp", description=sys.modules["resnet_ddp"].__doc__)
@@ -74,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("prepare", PrepareOptions, prepare),
         ("train", LocalTrainOptions, train_locally),
         ("bench", BenchOptions, bench),
+        ("audit", AuditOptions, audit),
     ):
         help_line = (options.__doc__ or "").strip()
         command = commands.add_parser(name, help=help_line, description=help_line)
@@ -94,16 +110,12 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     namespace: argparse.Namespace = parser.parse_args(argv)
     run: Callable[[object], int] = namespace.run
     try:
-        return int(run(read_options(namespace, namespace.options)))
+        with disk_errors_named():
+            return int(run(read_options(namespace, namespace.options)))
     except Exit as error:
         if not error.is_told:
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return int(error.code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"{parser.prog}: {error}; make room, and the same command goes on", file=sys.stderr)
-        return int(ExitCode.TEMPORARY)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -181,7 +193,7 @@ def bench(options: BenchOptions) -> ExitCode:
         data=data,
         device=device,
         precision=options.precision or machine.pick_precision(device),
-        compile=machine.pick_compile(device) if options.compile is None else options.compile,
+        compile=machine.settle_compile(device, options.compile),
         threads=options.threads or machine.pick_threads(),
         turns=options.turns,
         iterations=options.iterations,
@@ -191,12 +203,37 @@ def bench(options: BenchOptions) -> ExitCode:
     return ExitCode.DONE if result["training"]["within_tolerance"] else ExitCode.FAILED
 
 
+def audit(options: AuditOptions) -> int:
+    """Audit the recipe, a run, or the equivalence of W processes and one."""
+    from resnet_ddp import audit
+
+    deviations: Sequence[audit.Deviation] = ()
+    if options.processes > 1:
+        from resnet_ddp.audit.together import run_together
+
+        checks = run_together(options.processes, options.device)
+    elif options.run is not None:
+        checks = audit.audit_run(options.run)
+        deviations = audit.deviations_of(options.run)
+    else:
+        checks = audit.run_audit(options.recipe)
+        deviations = audit.DEVIATIONS
+    render = audit.as_json if options.json else audit.render
+    print(render(checks, deviations))
+    return int(audit.verdict(checks))
+
+
 def find_data(data: str) -> Path:
     """Return the prepared directory behind `--data`; what has a name is prepared on first use."""
     if data not in ("shapes", "cifar10", "cifar100"):
         return Path(data)
     directory = DATA_ROOT / data
-    if not datasets.is_prepared(directory):
+    if datasets.is_prepared(directory):
+        return directory
+    DATA_ROOT.mkdir(exist_ok=True)
+    with durable.locked(DATA_ROOT / f".{data}.lock"):  # a grid's first runs all come here at once
+        if datasets.is_prepared(directory):
+            return directory
         if data == "shapes":
             from resnet_ddp.shapes import prepare_shapes
 

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     AUGMENTATION = 2
     SPLIT = 3
     SHAPES = 4
+    CURVE = 5
 
 
 def philox4x32(

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from resnet_ddp.exits import TemporaryError, UserError
+
+
+@contextmanager
+def disk_errors_named() -> Iterator[None]:
+    """Turn an error of the file system into the line that a user needs.
+
+    Raises:
+        TemporaryError: no space, for now.
+        UserError: no permission, a disk that is read-only or broken; with the file's name.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TemporaryError(
+                f"{where}No space left on the disk; free some, and the same command goes on"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            raise UserError(f"{where}{error.strerror}; mend that and try again") from error
+        raise
 
 
 def fsync(path: Path) -> None:
@@ -15,6 +42,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes wait for; the file stays."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_ddp import batchnorm, machine, processes
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.augment import Normalisation
-from resnet_ddp.batches import Batches, share, split
+from resnet_ddp.batches import Batches, curve_samples, share, split
 from resnet_ddp.batchnorm import Groups
 from resnet_ddp.datasets import Dataset
 from resnet_ddp.evaluate import error_rate
@@ -22,6 +22,8 @@ from resnet_ddp.exits import UserError
 from resnet_ddp.models import CifarNet, build_model
 from resnet_ddp.recipe import Recipe
 from resnet_ddp.step import Stepper, make_optimizer
+
+CURVE_IMAGES = 5000  # training images behind a point of the training curve
 
 
 @dataclass
@@ -43,9 +45,14 @@ class Experiment:
     samples: Tensor  # image numbers trained on
     val_samples: Tensor  # image numbers held out
 
-    def train_error_rate(self, *, num_images: int | None = None) -> float:
-        """Return the error on the first `num_images` images trained on, or all; un-augmented."""
-        return self._error_rate(self.train_images, self.train_labels, self.samples[:num_images])
+    def train_error_rate(self) -> float:
+        """Return the error on all images trained on, un-augmented."""
+        return self._error_rate(self.train_images, self.train_labels, self.samples)
+
+    def curve_error_rate(self) -> float:
+        """Return the error on the 5,000 of them that stand for all while training goes on."""
+        samples = curve_samples(self.samples, num_images=CURVE_IMAGES)
+        return self._error_rate(self.train_images, self.train_labels, samples)
 
     def val_error_rate(self) -> float | None:
         """Return the error on the images held out, None if the recipe holds out none."""

@@ -71,18 +71,19 @@ def _identity(rank: int, num_processes: int, port: int) -> dict[str, str]:
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; once one has failed, give the others time to end by themselves."""
-    first_failure: int | None = None
+    first: int | None = None  # the rank that failed first
     deadline = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        is_over = all(child.poll() is not None for child in children)
+        if first is None:
+            first = next((rank for rank, child in enumerate(children) if child.returncode), None)
+            deadline = deadline if first is None else time.monotonic() + GRACE
+        if is_over:
+            break
         time.sleep(POLL)
-        failed = [child.returncode for child in children if child.returncode]
-        if failed and first_failure is None:
-            first_failure = failed[0]
-            deadline = time.monotonic() + GRACE
-    codes = [child.returncode for child in children if child.returncode]
-    code = first_failure if first_failure is not None else next(iter(codes), 0)
+    code = 0 if first is None else children[first].returncode
     if code < 0:
         name = signal.Signals(-code).name
-        print(f"resnet-ddp: a process was killed by {name}", file=sys.stderr)
+        print(f"resnet-ddp: process {first} was killed by {name}", file=sys.stderr)
         return ExitCode.TEMPORARY
     return code

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +61,21 @@ def pick_compile(device: str) -> bool:
 
     On a CPU it takes most of a minute, too long for a default.
     """
-    return device == "cuda" and missing_for_compile(device) is None
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"  # with DDP around it: not measured yet
+    return device == "cuda" and is_alone and missing_for_compile(device) is None
+
+
+def settle_compile(device: str, requested: bool | None) -> bool:
+    """Return whether to compile.
+
+    Raises:
+        UserError: it is asked for, and what it takes is missing.
+    """
+    if requested is None:
+        return pick_compile(device)
+    if requested and (missing := missing_for_compile(device)):
+        raise UserError(f"compiling needs {missing}, which this machine lacks; install it")
+    return requested
 
 
 def missing_for_compile(device: str) -> str | None:
@@ -79,6 +95,17 @@ def forbid_inexact_arithmetic() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def inexact_arithmetic_allowed() -> Iterator[None]:
+    """Put torch's defaults back for a while."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.deterministic = False
+    try:
+        yield
+    finally:
+        forbid_inexact_arithmetic()
 
 
 def pick_threads() -> int:

@@ -33,14 +33,16 @@ def option(
     choices: Iterable[str] | None = None,
     minimum: int | None = None,
     required: bool = False,
+    positional: bool = False,
 ) -> Any:
-    """Declare an option; without a default it is a positional argument."""
+    """Declare an option; without a default it is a positional argument that has to be there."""
     metadata = {
         "help": help,
         "metavar": metavar,
         "choices": choices,
         "minimum": minimum,
         "required": required,
+        "positional": positional or default is MISSING,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -173,6 +175,8 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
             kwargs["type"] = _integer(field.metadata["minimum"])
         if field.default is MISSING:
             parser.add_argument(field.name, **kwargs)
+        elif field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="?", default=field.default, **kwargs)
         else:
             kwargs |= {"dest": field.name, "required": field.metadata["required"]}
             parser.add_argument(flag, default=field.default, **kwargs)

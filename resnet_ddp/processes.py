@@ -28,15 +28,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, TemporaryError, UserError
 from resnet_ddp.recipe import HE2015
 
 Value = TypeVar("Value")
 Network = Callable[..., Any]  # a module, compiled and wrapped or not
 
-# Seconds without a sign of another process. Compilation and the first step may take longer.
-TIMEOUT = float(os.environ.get("RESNET_DDP_TIMEOUT", "300"))
-FIRST_STEP_TIMEOUT = max(TIMEOUT, 1800.0)
+TIMEOUT_VARIABLE = "RESNET_DDP_TIMEOUT"
+FIRST_STEP_TIMEOUT = 1800.0  # seconds; compilation may take long
 ROLL_CALL = 5.0  # seconds for the survivors of a lost process to report
 
 PR_SET_PDEATHSIG = 1
@@ -51,9 +51,18 @@ def end_with_launcher() -> None:
     launched = any(name in os.environ for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
     if not launched or not sys.platform.startswith("linux"):
         return
+    parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() == 1:  # it died before
+    if os.getppid() != parent:  # it died meanwhile
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def patience() -> float:
+    """Return the seconds without a sign of another process after which it counts as lost."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "300")
+    if not text.isdigit() or int(text) == 0:
+        raise UserError(f"{TIMEOUT_VARIABLE}={text}: it has to be a whole number of seconds")
+    return float(text)
 
 
 def join(device: str) -> PartialState:
@@ -81,7 +90,17 @@ def join(device: str) -> PartialState:
         raise UserError(
             f"{announced} processes cannot share a batch of {HE2015.batch_size}: start fewer"
         )
-    kwargs = {"timeout": timedelta(seconds=FIRST_STEP_TIMEOUT)} if announced > 1 else {}
+    kwargs = (
+        {"timeout": timedelta(seconds=max(patience(), FIRST_STEP_TIMEOUT))} if announced > 1 else {}
+    )
+    if announced > 1 and device == "mps":
+        raise UserError("MPS holds one process: train with one, or with --device cpu")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
+    if device == "cuda" and local > torch.cuda.device_count():
+        raise UserError(
+            f"{local} processes on a machine of {torch.cuda.device_count()} GPUs: start one a GPU, "
+            "or use --device cpu"
+        )
     # Accelerate would warn that it sets one; `build_experiment` sets what the run is to have.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     state = PartialState(cpu=device == "cpu", **kwargs)
@@ -116,12 +135,18 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         precision: "bf16" autocasts; anything else leaves types alone.
     """
     AcceleratorState._reset_state()  # one process may build a second experiment, as the bench does
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
+        dynamo_backend="no",  # --compile alone decides
         # The running statistics are the same on all ranks: nothing to broadcast at each step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS would change the recipe's batch: unset it"
+        )
+    return accelerator
 
 
 def prepare(
@@ -162,7 +187,8 @@ def in_all(state: PartialState, work: Callable[[], Value]) -> Value:
 
 def _attempt(work: Callable[[], Value]) -> tuple[Value | None, Exit | None]:
     try:
-        return work(), None
+        with disk_errors_named():
+            return work(), None
     except Exit as ending:
         return None, ending
 
@@ -195,18 +221,18 @@ def total(state: PartialState, value: Tensor) -> Tensor:
     return value
 
 
-def largest(state: PartialState, value: Tensor) -> Tensor:
-    """Return the largest of a number over all processes."""
+def smallest(state: PartialState, value: Tensor) -> Tensor:
+    """Return the smallest of a number over all processes."""
     if state.num_processes > 1:
         value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return value
 
 
 def expect_promptness(state: PartialState) -> None:
-    """From now on, a process that says nothing for `TIMEOUT` seconds counts as lost."""
+    """From now on, a process that says nothing for `patience` seconds counts as lost."""
     if state.num_processes > 1:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT))
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience()))
 
 
 @contextmanager

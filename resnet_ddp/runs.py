@@ -107,7 +107,7 @@ class RunDirectory:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.release()
             raise TemporaryError(f"{self.path}: another process is training this run") from error
 
@@ -142,12 +142,14 @@ class RunDirectory:
                     f"{asked[key]}; choose another --grid or --runs, or remove it"
                 )
 
-    def settle(self, requested: dict[str, Any], default: Settings) -> Settings:
+    def settle(self, requested: dict[str, Any], default: Settings, *, world_size: int) -> Settings:
         """Return the settings to run with: recorded ones, else requested ones, else defaults.
 
         Args:
             requested: a value for each setting, None where the user left it open.
             default: what a first start takes where the user left it open.
+            world_size: processes of this life. With another number than before other threads fit,
+                and the bits differ anyway.
 
         Raises:
             UserError: if something else is requested than what is recorded.
@@ -162,6 +164,8 @@ class RunDirectory:
                     f"{self.config_path} is damaged ({key}: {config.get(key)!r}); "
                     f"remove {self.path} to start anew"
                 )
+            if key == "threads" and config.get("world_size") != world_size:
+                config[key] = asked.get(key, value)
             if asked.get(key, config[key]) != config[key]:
                 raise UserError(
                     f"{self.path} was started with {key} {config[key]}, not {asked[key]}; "
@@ -186,9 +190,10 @@ class RunDirectory:
         """Write the result, which says that the run is done."""
         durable.write_json(self.result_path, {**self.cell.identity(), **values})
 
-    def write_status(self, code: ExitCode, *, reason: str, iteration: int | None) -> None:
-        """Record how this life ended (behind a foreign launcher the exit code does not tell)."""
-        status = {"exit_code": int(code), "reason": reason, "iteration": iteration}
+    def write_status(self, code: ExitCode | None, *, reason: str, iteration: int | None) -> None:
+        """Record how this life ended, None while it goes on: a foreign launcher's code is lost."""
+        exit_code = None if code is None else int(code)
+        status = {"exit_code": exit_code, "reason": reason, "iteration": iteration}
         durable.write_json(self.status_path, status)
 
 

@@ -6,6 +6,7 @@ runs the same loop; only the main one has files and a display, the others have s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from resnet_ddp import cadence, checkpoint, durable, machine, processes
+from resnet_ddp import __version__, cadence, checkpoint, durable, machine, processes
 from resnet_ddp.cadence import Cadence, is_due
 from resnet_ddp.checkpoint import Progress
 from resnet_ddp.datasets import Dataset
-from resnet_ddp.exits import Exit, ExitCode, NotFiniteError, UserError
+from resnet_ddp.durable import disk_errors_named
+from resnet_ddp.exits import Exit, ExitCode, NotFiniteError
 from resnet_ddp.experiment import Experiment, build_experiment
 from resnet_ddp.models import num_parameters
 from resnet_ddp.options import TrainOptions
@@ -32,8 +34,6 @@ from resnet_ddp.tracking import (
     Throughput,
     make_display,
 )
-
-CURVE_IMAGES = 5000  # training images behind a point of the training curve
 
 
 def train(
@@ -54,64 +54,113 @@ def train(
         TemporaryError: no space, another process is training this run, or one of its was lost.
     """
     processes.end_with_launcher()
-    recipe = directory.cell.recipe
     device = machine.pick_device(options.device)
     state = processes.join(device)
     with processes.losses_named(state):
-        settings = processes.on_main(state, lambda: settle(options, directory, device))
         data = processes.in_all(state, load_data)
-        processes.agree(
-            state,
-            {**directory.cell.identity(), **dataclasses.asdict(settings), "data": data.sha256},
+        default = processes.in_all(state, lambda: fitting_settings(options, directory, device))
+        settings = processes.on_main(
+            state, lambda: take(options, directory, default, state.num_processes)
         )
-        processes.on_main(state, directory.acquire)
         try:
-            experiment = build_experiment(
-                recipe,
-                model_name=directory.cell.model,
-                seed=directory.cell.seed,
-                data=data,
-                device=device,
-                precision=settings.precision,
-                compile=settings.compile,
-                threads=settings.threads,
-            )
-            if state.is_main_process and directory.config() is None:
-                directory.write_config(
-                    settings,
-                    world_size=state.num_processes,
-                    environment=machine.describe(device),
-                )
-            due = Cadence(
-                log_every=settings.log_every,
-                eval_every=settings.eval_every,
-                save_every=options.save_every or cadence.default_save_every(device),
-                look_every=cadence.default_look_every(device),
-                total=recipe.iterations,
-                last=min(recipe.iterations, options.stop_after or recipe.iterations),
-            )
-            code = live(Run(directory, experiment), due)
+            code = ExitCode.DONE  # another launch was quicker
+            if settings is not None:
+                with disk_errors_named(), processes.losses_named(state):
+                    code = train_alone(options, directory, data, device, settings)
+        except BaseException as error:
+            if state.is_main_process:
+                record_failure(directory, error)
+            raise
         finally:
             directory.release()
         processes.leave_together(state)
     return code
 
 
-def settle(options: TrainOptions, directory: RunDirectory, device: str) -> Settings:
-    """Return the settings of this run: recorded, asked for, or what suits this machine."""
+def take(
+    options: TrainOptions, directory: RunDirectory, default: Settings, world_size: int
+) -> Settings | None:
+    """Lock the directory and settle what to run with; None if the run is done.
+
+    All that was found there before is looked at again: now nobody else changes it.
+    """
+    directory.acquire()
+    try:
+        directory.check_identity()
+        if directory.result() is not None:
+            return None
+        asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+        return directory.settle(asked, default, world_size=world_size)
+    except BaseException:
+        directory.release()
+        raise
+
+
+def train_alone(
+    options: TrainOptions,
+    directory: RunDirectory,
+    data: Dataset,
+    device: str,
+    settings: Settings,
+) -> ExitCode:
+    """Train the run that lies in a directory which is ours alone."""
+    state, recipe = PartialState(), directory.cell.recipe
+    due = Cadence(
+        log_every=settings.log_every,
+        eval_every=settings.eval_every,
+        save_every=options.save_every or cadence.default_save_every(device),
+        look_every=cadence.default_look_every(device),
+        total=recipe.iterations,
+        last=min(recipe.iterations, options.stop_after or recipe.iterations),
+    )
+    processes.agree(
+        state,
+        {
+            **directory.cell.identity(),
+            **dataclasses.asdict(settings),
+            **dataclasses.asdict(due),
+            "device": device,
+            "version": __version__,
+        },
+    )
+    experiment = build_experiment(
+        recipe,
+        model_name=directory.cell.model,
+        seed=directory.cell.seed,
+        data=data,
+        device=device,
+        precision=settings.precision,
+        compile=settings.compile,
+        threads=settings.threads,
+    )
+    environment = machine.describe(device)
+    if directory.config() is None:
+        processes.on_main(
+            state,
+            lambda: directory.write_config(
+                settings, world_size=state.num_processes, environment=environment
+            ),
+        )
+    return live(Run(directory, experiment), due, environment)
+
+
+def record_failure(directory: RunDirectory, error: BaseException) -> None:
+    """Say in status.json how this life ended, as far as the disk lets us."""
+    code = error.code if isinstance(error, Exit) else ExitCode.FAILED
+    with contextlib.suppress(OSError):
+        directory.write_status(code, reason=str(error) or type(error).__name__, iteration=None)
+
+
+def fitting_settings(options: TrainOptions, directory: RunDirectory, device: str) -> Settings:
+    """Return what a first start takes where the options leave it open."""
     iterations = directory.cell.recipe.iterations
-    requested = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
-    default = Settings(
+    return Settings(
         precision=machine.pick_precision(device),
-        compile=machine.pick_compile(device),
+        compile=machine.settle_compile(device, options.compile),
         threads=machine.pick_threads(),
         log_every=cadence.default_log_every(iterations),
         eval_every=cadence.default_eval_every(iterations),
     )
-    settings = directory.settle(requested, default)
-    if settings.compile and (missing := machine.missing_for_compile(device)):
-        raise UserError(f"compiling needs {missing}, which this machine lacks; use --no-compile")
-    return settings
 
 
 @dataclass(frozen=True)
@@ -144,7 +193,9 @@ class Run:
         loss, stops, is_bad = processes.total(self.state, numbers).tolist()
         processes.expect_promptness(self.state)  # compiled, if it was to be
         if is_bad:
-            bad_iteration = int(processes.largest(self.state, stepper.bad_iteration))
+            never = torch.full_like(stepper.bad_iteration, self.experiment.recipe.iterations)
+            first = torch.where(stepper.bad_iteration < 0, never, stepper.bad_iteration)
+            bad_iteration = int(processes.smallest(self.state, first))
             samples = stepper.batches.order[bad_iteration].tolist()
             raise NotFiniteError(
                 f"{self.directory.path}: the loss of iteration {bad_iteration} is not finite; "
@@ -176,7 +227,7 @@ class Run:
         return stored.progress
 
 
-def live(run: Run, due: Cadence) -> ExitCode:
+def live(run: Run, due: Cadence, environment: dict[str, Any]) -> ExitCode:
     """Go on from the newest checkpoint until the run is done or asked to stop; record the end."""
     directory, is_main = run.directory, run.state.is_main_process
     progress = run.resume()
@@ -189,15 +240,17 @@ def live(run: Run, due: Cadence) -> ExitCode:
     if is_main:
         display = make_display(name, start=progress.iteration, total=due.total)
     stop = StopRequest()
-    iteration: int | None = None
     try:
+        start = progress.iteration
         timing.write(
-            event="start", iteration=progress.iteration, world_size=run.state.num_processes
+            event="start", iteration=start, world_size=run.state.num_processes, **environment
         )
-        if progress.iteration:
-            display.note(f"{directory.path}: going on from iteration {progress.iteration:,}")
+        if is_main:  # what stands there if this life ends without a word
+            directory.write_status(None, reason="running", iteration=start)
+        if start:
+            display.note(f"{directory.path}: going on from iteration {start:,}")
         with stop.listening():
-            iteration = loop(run, progress.iteration, due, metrics, timing, display, stop)
+            iteration = loop(run, start, due, metrics, timing, display, stop)
         if iteration == due.total:
             finish(run, metrics)
             code, reason = ExitCode.DONE, "done"
@@ -212,12 +265,6 @@ def live(run: Run, due: Cadence) -> ExitCode:
         if is_main:
             directory.write_status(code, reason=reason, iteration=iteration)
         return code
-    except BaseException as error:
-        if is_main:
-            code = error.code if isinstance(error, Exit) else ExitCode.FAILED
-            reason = f"{type(error).__name__}: {error}"
-            directory.write_status(code, reason=reason, iteration=iteration)
-        raise
     finally:
         display.close()
         metrics.close()
@@ -257,7 +304,7 @@ def loop(
 def curve_point(experiment: Experiment) -> dict[str, Any]:
     """Return the errors that the curves of Fig. 6 are drawn from."""
     return {
-        "train/error_rate": experiment.train_error_rate(num_images=CURVE_IMAGES),
+        "train/error_rate": experiment.curve_error_rate(),
         "val/error_rate": experiment.val_error_rate(),
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_ddp import shapes
 from resnet_ddp.augment import Normalisation, as_network_input, crop_and_flip, draw
-from resnet_ddp.batches import Batches, sample_order, share, split
+from resnet_ddp.batches import Batches, curve_samples, sample_order, share, split
 from resnet_ddp.recipe import HE2015, RECIPES, Recipe
 
 CPU = torch.device("cpu")
@@ -165,3 +165,12 @@ def test_the_global_generators_are_neither_read_nor_moved() -> None:
         shapes.draw(1)
         assert states() == before
     assert torch.equal(*results)
+
+
+def test_the_training_curve_sees_all_classes_of_a_sorted_file() -> None:
+    """5,000 of the images trained on, from everywhere in the file, the same for every seed."""
+    samples, _ = split(RECIPES["he2015"], 50_000)
+    curve = curve_samples(samples, num_images=5000)
+    assert len(set(curve.tolist())) == 5000 and set(curve.tolist()) <= set(samples.tolist())
+    per_class = torch.bincount(curve // 5000, minlength=10)  # a file sorted by class
+    assert per_class.min() > 400 and per_class.max() < 600

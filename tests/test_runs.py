@@ -77,9 +77,17 @@ def test_another_run_is_refused_with_both_values(
 
 def test_settings_are_kept_on_resume(directory: RunDirectory, tmp_path: Path) -> None:
     other = dataclasses.replace(SETTINGS, threads=64, precision="fp32")
-    assert directory.settle(OPEN, other) == SETTINGS
+    assert directory.settle(OPEN, other, world_size=1) == SETTINGS
     fresh = RunDirectory(tmp_path / "elsewhere", CELL)
-    assert fresh.settle(OPEN | {"threads": 5}, other) == dataclasses.replace(other, threads=5)
+    settled = fresh.settle(OPEN | {"threads": 5}, other, world_size=1)
+    assert settled == dataclasses.replace(other, threads=5)
+
+
+def test_threads_fit_another_number_of_processes(directory: RunDirectory) -> None:
+    fewer = dataclasses.replace(SETTINGS, threads=1)
+    assert directory.settle(OPEN, fewer, world_size=2) == fewer
+    asked = directory.settle(OPEN | {"threads": 7}, fewer, world_size=2)
+    assert asked == dataclasses.replace(SETTINGS, threads=7)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,7 @@ def test_other_settings_are_refused_with_both_values(
     directory: RunDirectory, asked: dict[str, object], values: str
 ) -> None:
     with pytest.raises(UserError, match=values):
-        directory.settle(OPEN | asked, SETTINGS)
+        directory.settle(OPEN | asked, SETTINGS, world_size=1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"seed": 3', "\x00"])
