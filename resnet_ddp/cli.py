@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_line = (options.__doc__ or "").strip()
         command = commands.add_parser(name, help=help_line, description=help_line)
         add_options(command, options)
-        command.set_defaults(run=run, options=options)
+        command.set_defaults(function=run, options=options)
     return _run(parser, argv)
 
 
@@ -102,16 +102,16 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py`, which is `resnet-ddp train` for launchers, and return its exit code."""
     parser = Parser(prog="train.py", description=TrainOptions.__doc__)
     add_options(parser, TrainOptions)
-    parser.set_defaults(run=train, options=TrainOptions)
+    parser.set_defaults(function=train, options=TrainOptions)
     return _run(parser, argv)
 
 
 def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     namespace: argparse.Namespace = parser.parse_args(argv)
-    run: Callable[[object], int] = namespace.run
+    function: Callable[[object], int] = namespace.function
     try:
         with disk_errors_named():
-            return int(run(read_options(namespace, namespace.options)))
+            return int(function(read_options(namespace, namespace.options)))
     except Exit as error:
         if not error.is_told:
             print(f"{parser.prog}: {error}", file=sys.stderr)
