@@ -72,7 +72,6 @@ class AuditOptions:
     run: str | None = option(
         None, metavar="RUN", positional=True, help="a run directory; default: the recipe itself"
     )
-    recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help="recipe to hold up")
     processes: int = option(
         1, minimum=1, metavar="W", help="train on W processes and on one, and compare"
     )
@@ -216,7 +215,7 @@ def audit(options: AuditOptions) -> int:
         checks = audit.audit_run(options.run)
         deviations = audit.deviations_of(options.run)
     else:
-        checks = audit.run_audit(options.recipe)
+        checks = audit.run_audit()
         deviations = audit.DEVIATIONS
     render = audit.as_json if options.json else audit.render
     print(render(checks, deviations))

@@ -82,6 +82,11 @@ class Stepper:
         self.optimizer.zero_grad()
         self.note(iteration, loss.detach())
 
+    @property
+    def learning_rate(self) -> float:
+        """What the last step was made with, read back from the optimizer."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def set_lr(self, learning_rate: float) -> None:
         """Write the learning rate; nothing else does."""
         for group in self.optimizer.param_groups:

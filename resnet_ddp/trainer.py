@@ -289,7 +289,7 @@ def loop(
             iteration = stepper.advance(iteration, until=due.next_due(iteration))
             loss, is_asked_to_stop = run.look(stop)
         if is_due(iteration, due.log_every, due.total):
-            lr = recipe.lr_at(iteration - 1, depth=stepper.depth)
+            lr = stepper.learning_rate
             images_per_second = throughput.read()
             metrics.write(iteration=iteration, **{"train/loss": loss, "lr": lr})
             timing.write(iteration=iteration, images_per_second=images_per_second)
