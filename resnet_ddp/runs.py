@@ -173,10 +173,12 @@ class RunDirectory:
                 )
         return Settings(**{key: config[key] for key in dataclasses.asdict(default)})
 
-    def write_config(
+    def settle_config(
         self, settings: Settings, *, world_size: int, environment: dict[str, Any]
     ) -> None:
-        """Settle what this run is, at its first start."""
+        """Write down what this run is, at its first start; later it stays as it is."""
+        if self.config() is not None:
+            return
         config = {
             **self.cell.identity(),
             "recipe_fields": self.cell.recipe.fields(),

@@ -134,13 +134,12 @@ def train_alone(
         threads=settings.threads,
     )
     environment = machine.describe(device)
-    if directory.config() is None:
-        processes.on_main(
-            state,
-            lambda: directory.write_config(
-                settings, world_size=state.num_processes, environment=environment
-            ),
-        )
+    processes.on_main(
+        state,
+        lambda: directory.settle_config(
+            settings, world_size=state.num_processes, environment=environment
+        ),
+    )
     return live(Run(directory, experiment), due, environment)
 
 

@@ -23,7 +23,7 @@ OPEN = dict.fromkeys(dataclasses.asdict(SETTINGS))
 def directory(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path, CELL)
     run.path.mkdir(parents=True)
-    run.write_config(SETTINGS, world_size=1, environment={"device": "cpu"})
+    run.settle_config(SETTINGS, world_size=1, environment={"device": "cpu"})
     return run
 
 
