@@ -28,8 +28,9 @@ from resnet_ddp.archives import Wanted, fingerprint, read_members
 from resnet_ddp.datasets import (
     check_target,
     is_prepared,
-    load_dataset,
     prepared_from,
+    read_record,
+    summary,
     write_dataset,
 )
 from resnet_ddp.exits import UserError
@@ -190,12 +191,9 @@ def download_and_prepare(name: str, target: Path) -> str:
 
 
 def _summary(variant: Variant, target: Path) -> str:
-    dataset = load_dataset(target)
-    origin = "the original" if dataset.original else f"NOT the original {variant.title}"
-    return (
-        f"{target}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test "
-        f"images in {dataset.num_classes} classes, {origin}, sha256 {dataset.sha256[:12]}..."
-    )
+    is_original = read_record(target).original
+    origin = "the original" if is_original else f"NOT the original {variant.title}"
+    return summary(target, origin=f"{origin}, ")
 
 
 def _read_files(source: Path, wanted: Wanted) -> dict[str, bytes]:

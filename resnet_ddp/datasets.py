@@ -182,6 +182,19 @@ def is_prepared(directory: str | os.PathLike[str]) -> bool:
     return all(os.path.isfile(Path(directory) / file) for file in (DESCRIPTION, *FILES.values()))
 
 
+def summary(directory: str | os.PathLike[str], *, origin: str = "") -> str:
+    """Return one line for the user: what the disk gives back, not what was meant to be written.
+
+    Args:
+        origin: what else to say of the images.
+    """
+    data = load_dataset(directory)
+    return (
+        f"{directory}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
+        f"images in {data.num_classes} classes, {origin}sha256 {data.sha256[:12]}..."
+    )
+
+
 def prepared_from(directory: str | os.PathLike[str]) -> object:
     """Return what `write_dataset` was told of the origin, without reading the images."""
     return _read_description(Path(directory)).get("prepared_from")

@@ -119,11 +119,11 @@ class RunDirectory:
 
     def config(self) -> dict[str, Any] | None:
         """Return the settled configuration, or None before the first start."""
-        return _read_object(self.config_path)
+        return read_object(self.config_path)
 
     def result(self) -> dict[str, Any] | None:
         """Return the result, or None while the run is not done."""
-        return _read_object(self.result_path)
+        return read_object(self.result_path)
 
     def check_identity(self) -> None:
         """Compare the run that lies here, if any, with the one that is asked for.
@@ -199,7 +199,7 @@ class RunDirectory:
         durable.write_json(self.status_path, status)
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """Return a JSON object from a file, or None if there is none.
 
     Raises:

@@ -25,8 +25,8 @@ from resnet_ddp.datasets import (
     IMAGE_SIZE,
     check_target,
     is_prepared,
-    load_dataset,
     prepared_from,
+    summary,
     write_dataset,
 )
 from resnet_ddp.exits import UserError
@@ -69,7 +69,7 @@ def prepare_folder(
     check_target(target)
     origin = fingerprint(source, IMAGES)
     if is_prepared(target) and prepared_from(target) == origin:
-        return f"{_summary(target)} (already prepared)"
+        return f"{summary(target)} (already prepared)"
     with _progress_bar(progress) as report, closing(read_members(source, IMAGES)) as members:
         classes, splits = _collect(source, members, report)
     write_dataset(
@@ -83,15 +83,7 @@ def prepare_folder(
         test_labels=splits["test"][1],
         prepared_from=origin,
     )
-    return _summary(target)
-
-
-def _summary(target: Path) -> str:
-    dataset = load_dataset(target)  # what the disk gives back, not what was meant to be written
-    return (
-        f"{target}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test "
-        f"images in {dataset.num_classes} classes, sha256 {dataset.sha256[:12]}..."
-    )
+    return summary(target)
 
 
 class _Place(NamedTuple):

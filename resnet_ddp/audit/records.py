@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_ddp.audit.paper import DIVISORS, depth_of, learning_rates
 from resnet_ddp.exits import UserError
+from resnet_ddp.runs import read_object
 
 # What the audit reads of config.json.
 CONFIG: dict[str, type] = {
@@ -52,7 +53,7 @@ class Records:
         Raises:
             UserError: it is none, or a file is damaged.
         """
-        config = _read_object(path / "config.json")
+        config = read_object(path / "config.json")
         if config is None:
             raise UserError(
                 f"{path} is not a run's directory (no config.json); "
@@ -67,7 +68,7 @@ class Records:
             or min(config["log_every"], config["eval_every"]) < 1
         ):
             raise UserError(f"{path / 'config.json'} is damaged (model, log_every or eval_every)")
-        result = _read_object(path / "result.json")
+        result = read_object(path / "result.json")
         return cls(path, config, _read_lines(path / "metrics.jsonl", result is not None), result)
 
     @property
@@ -96,18 +97,6 @@ class Records:
             return load_tensors(path.read_bytes())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error})") from error
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object)")
-    return value
 
 
 def _read_lines(path: Path, is_done: bool) -> list[dict[str, Any]]:
