@@ -17,6 +17,7 @@ from resnet_ddp import __version__, datasets, durable
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
+from resnet_ddp.launcher import is_main_process, launch
 from resnet_ddp.options import (
     DEVICES,
     LocalTrainOptions,
@@ -158,8 +159,6 @@ def train_locally(options: LocalTrainOptions) -> int:
     is_launched = "RANK" in os.environ
     if options.processes == 1 or is_launched or find_run(options)[1].result() is not None:
         return train(options)
-    from resnet_ddp.launcher import launch
-
     return launch(options.processes, "resnet_ddp", ["train", *as_arguments(options)])
 
 
@@ -174,11 +173,6 @@ def find_run(options: TrainOptions) -> tuple[Path, RunDirectory]:
     )
     directory.check_identity()
     return data_directory, directory
-
-
-def is_main_process() -> bool:
-    """Say whether this process is the one of its launch that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def bench(options: BenchOptions) -> ExitCode:

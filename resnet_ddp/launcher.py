@@ -16,9 +16,15 @@ from collections.abc import Sequence
 from types import FrameType
 
 from resnet_ddp.exits import ExitCode
+from resnet_ddp.stop import SIGNALS
 
 GRACE = 20.0  # seconds between the end of the first process and the end of patience with the others
 POLL = 0.1  # seconds
+
+
+def is_main_process() -> bool:
+    """Say whether this process is the one of its launch that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
@@ -45,7 +51,7 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         return _wait(children)
     finally:

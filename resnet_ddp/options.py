@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -84,6 +85,9 @@ class TrainOptions:
     )
     stop_after: int | None = option(
         None, minimum=1, metavar="N", help="save and exit 85 once N iterations are done"
+    )
+    max_minutes: float | None = option(
+        None, minimum=0, metavar="M", help="save and exit 85 in time to be gone after M minutes"
     )
 
 
@@ -171,8 +175,9 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
         kwargs["metavar"] = field.metadata["metavar"]
         if field.metadata["choices"] is not None:
             kwargs["choices"] = tuple(field.metadata["choices"])
-        if value_type is int:
-            kwargs["type"] = _integer(field.metadata["minimum"])
+        if value_type in (int, float):
+            number = _integer if value_type is int else _number
+            kwargs["type"] = number(field.metadata["minimum"])
         if field.default is MISSING:
             parser.add_argument(field.name, **kwargs)
         elif field.metadata["positional"]:
@@ -226,3 +231,18 @@ def _integer(minimum: int | None) -> Any:
         return value
 
     return integer
+
+
+def _number(minimum: float | None) -> Any:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not finite")
+        if minimum is not None and value < minimum:
+            raise argparse.ArgumentTypeError(f"{value:g} is less than {minimum}")
+        return value
+
+    return number

@@ -6,22 +6,24 @@ RUNS/GRID/MODEL/seedN/
     timing.jsonl      what it would not
     checkpoints/
     status.json       how the last life ended
+    stop              made by whoever wants the run to save and end
+    lock, lease.json  who is training it (lease.py)
     model.safetensors, result.json      written last: done
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from resnet_ddp import durable
 from resnet_ddp.datasets import DataRecord
-from resnet_ddp.exits import ExitCode, TemporaryError, UserError
+from resnet_ddp.exits import ExitCode, UserError
+from resnet_ddp.lease import Lease
 from resnet_ddp.recipe import Recipe
 
 # What a run is: a directory that holds another is never touched.
@@ -80,8 +82,8 @@ class RunDirectory:
 
     def __init__(self, runs: Path, cell: Cell) -> None:
         self.cell = cell
-        self._lock: TextIO | None = None
         self.path = runs / cell.grid / cell.model / f"seed{cell.seed}"
+        self.lease = Lease(self.path)
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.timing_path = self.path / "timing.jsonl"
@@ -89,6 +91,7 @@ class RunDirectory:
         self.status_path = self.path / "status.json"
         self.weights_path = self.path / "model.safetensors"
         self.result_path = self.path / "result.json"
+        self.stop_path = self.path / "stop"
 
     def acquire(self) -> None:
         """Make the directory and take it for this process, until `release`.
@@ -97,25 +100,13 @@ class RunDirectory:
             UserError: it cannot be written.
             TemporaryError: another process has it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot write there ({error.strerror or error}); "
-                "choose another directory with --runs"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.release()
-            raise TemporaryError(f"{self.path}: another process is training this run") from error
+        self.lease.acquire()
+        durable.remove_leftovers(self.path)
+        self.stop_path.unlink(missing_ok=True)  # it was for a life that is over
 
     def release(self) -> None:
         """Let others have the directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self.lease.release()
 
     def config(self) -> dict[str, Any] | None:
         """Return the settled configuration, or None before the first start."""
@@ -186,17 +177,46 @@ class RunDirectory:
             "world_size": world_size,
             **environment,
         }
-        durable.write_json(self.config_path, config)
+        self._write(self.config_path, config)
+
+    def changes(self, *, world_size: int, environment: dict[str, Any]) -> str:
+        """Say in what this life differs from the first start, as far as its bits may; "" if not."""
+        config = self.config() or {}
+        recorded = config.get("versions")
+        now: dict[str, Any] = {
+            "hardware": environment["hardware"],
+            "processes": world_size,
+            **environment["versions"],
+        }
+        before: dict[str, Any] = {
+            "hardware": config.get("hardware"),
+            "processes": config.get("world_size"),
+            **(recorded if isinstance(recorded, dict) else {}),
+        }
+        return ", ".join(
+            f"{name} {value} instead of {before.get(name)}"
+            for name, value in now.items()
+            if value != before.get(name)
+        )
 
     def write_result(self, **values: Any) -> None:
         """Write the result, which says that the run is done."""
-        durable.write_json(self.result_path, {**self.cell.identity(), **values})
+        self._write(self.result_path, {**self.cell.identity(), **values})
+
+    def write_weights(self, content: bytes) -> None:
+        """Write the final weights, a safetensors file's content."""
+        self.lease.check()
+        durable.write_bytes(self.weights_path, content)
 
     def write_status(self, code: ExitCode | None, *, reason: str, iteration: int | None) -> None:
         """Record how this life ended, None while it goes on: a foreign launcher's code is lost."""
         exit_code = None if code is None else int(code)
         status = {"exit_code": exit_code, "reason": reason, "iteration": iteration}
-        durable.write_json(self.status_path, status)
+        self._write(self.status_path, status)
+
+    def _write(self, path: Path, value: dict[str, Any]) -> None:
+        self.lease.check()
+        durable.write_json(path, value)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

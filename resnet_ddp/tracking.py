@@ -7,11 +7,12 @@ it has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from resnet_ddp import durable
+from resnet_ddp.lease import nobody_else
 
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
 
@@ -28,27 +32,47 @@ class JsonLines:
 
     Args:
         length: bytes to keep, the rest is cut off: what a life wrote after the checkpoint that is
-            now gone back to. None keeps all.
+            now gone back to. None keeps all but a line that a killed process left without its end.
+        check_lease: called before anything is written; raises if this process may not.
     """
 
-    def __init__(self, path: Path, *, length: int | None = None) -> None:
-        self._file = open(path, "ab")
-        if length is not None:
-            self._file.truncate(length)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        length: int | None = None,
+        check_lease: Callable[[], None] = nobody_else,
+    ) -> None:
+        self.path = path
+        self._check_lease = check_lease
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        there = path.read_bytes()
+        kept = there.rfind(b"\n") + 1 if length is None else length
+        self._sha256 = hashlib.sha256(there[:kept])
+        self._length = kept
+        if len(there) != kept:
+            check_lease()
+            with durable.naming(path):
+                os.ftruncate(self._file, kept)
 
     def write(self, **values: Any) -> None:
         """Append one object; floats keep all their digits."""
-        self._file.write((json.dumps(values, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(values, allow_nan=False) + "\n").encode()
+        self._check_lease()
+        with durable.naming(self.path):
+            durable.write_all(self._file, line)
+        self._sha256.update(line)
+        self._length += len(line)
 
-    def sync(self) -> int:
-        """Flush to disk and return the file's length in bytes."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+    def sync(self) -> tuple[int, str]:
+        """Flush to disk and return length in bytes and SHA-256 of the file."""
+        with durable.naming(self.path):
+            os.fsync(self._file)
+        return self._length, self._sha256.hexdigest()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._file)
 
 
 class NoLines(JsonLines):
@@ -57,9 +81,9 @@ class NoLines(JsonLines):
     def __init__(self) -> None:
         super().__init__(Path(os.devnull))
 
-    def sync(self) -> int:
-        """Return 0: there is nothing on disk."""
-        return 0
+    def sync(self) -> tuple[int, str]:
+        """Return what is on disk, nothing."""
+        return 0, ""
 
 
 class Throughput:

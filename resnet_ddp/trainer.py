@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +17,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from resnet_ddp import __version__, cadence, checkpoint, durable, machine, processes
+from resnet_ddp import __version__, cadence, checkpoint, machine, processes
 from resnet_ddp.cadence import Cadence, is_due
-from resnet_ddp.checkpoint import Progress
+from resnet_ddp.checkpoint import Checkpoints, Progress
 from resnet_ddp.datasets import Dataset
 from resnet_ddp.durable import disk_errors_named
-from resnet_ddp.exits import Exit, ExitCode, NotFiniteError
+from resnet_ddp.exits import Exit, ExitCode, NotFiniteError, TemporaryError
 from resnet_ddp.experiment import Experiment, build_experiment
+from resnet_ddp.launcher import is_main_process
 from resnet_ddp.models import num_parameters
 from resnet_ddp.options import TrainOptions
-from resnet_ddp.runs import RunDirectory, Settings
-from resnet_ddp.stop import StopRequest
+from resnet_ddp.runs import IDENTITY, RunDirectory, Settings
+from resnet_ddp.stop import Deadline, StopRequest, slurm_deadline
 from resnet_ddp.tracking import (
     Display,
     JsonLines,
@@ -54,6 +57,7 @@ def train(
         TemporaryError: no space, another process is training this run, or one of its was lost.
     """
     processes.end_with_launcher()
+    stop = stop_request(options, directory)
     device = machine.pick_device(options.device)
     state = processes.join(device)
     with processes.losses_named(state):
@@ -66,7 +70,7 @@ def train(
             code = ExitCode.DONE  # another launch was quicker
             if settings is not None:
                 with disk_errors_named(), processes.losses_named(state):
-                    code = train_alone(options, directory, data, device, settings)
+                    code = train_alone(options, directory, data, device, settings, stop)
         except BaseException as error:
             if state.is_main_process:
                 record_failure(directory, error)
@@ -102,6 +106,7 @@ def train_alone(
     data: Dataset,
     device: str,
     settings: Settings,
+    stop: StopRequest,
 ) -> ExitCode:
     """Train the run that lies in a directory which is ours alone."""
     state, recipe = PartialState(), directory.cell.recipe
@@ -140,13 +145,23 @@ def train_alone(
             settings, world_size=state.num_processes, environment=environment
         ),
     )
-    return live(Run(directory, experiment), due, environment)
+    return live(Run(directory, experiment), due, environment, stop)
+
+
+def stop_request(options: TrainOptions, directory: RunDirectory) -> StopRequest:
+    """Return what this process listens to; a file and deadlines only the main one, for all."""
+    if not is_main_process():
+        return StopRequest()
+    deadlines = [slurm_deadline()]
+    if options.max_minutes is not None:
+        deadlines.append(Deadline("--max-minutes", 60 * options.max_minutes))
+    return StopRequest(directory.stop_path, *(one for one in deadlines if one is not None))
 
 
 def record_failure(directory: RunDirectory, error: BaseException) -> None:
-    """Say in status.json how this life ended, as far as the disk lets us."""
+    """Say in status.json how this life ended, as far as the disk and the lease let us."""
     code = error.code if isinstance(error, Exit) else ExitCode.FAILED
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TemporaryError):
         directory.write_status(code, reason=str(error) or type(error).__name__, iteration=None)
 
 
@@ -202,54 +217,46 @@ class Run:
             )
         return loss, stops > 0
 
-    def save(self, progress: Progress) -> None:
+    def save(self, iteration: int, metrics: JsonLines, timing: JsonLines) -> None:
         """Write a checkpoint; the losses so far were looked at."""
-        experiment = self.experiment
-        processes.on_main(
-            self.state,
-            lambda: checkpoint.save(
-                self.directory.checkpoints_path, experiment.model, experiment.optimizer, progress
-            ),
-        )
+        began = time.perf_counter()
+        model, optimizer = self.experiment.model, self.experiment.optimizer
+        progress = Progress(iteration, *metrics.sync())
+        processes.on_main(self.state, lambda: self.checkpoints().save(model, optimizer, progress))
+        timing.write(event="saved", iteration=iteration, seconds=time.perf_counter() - began)
 
     def resume(self) -> Progress:
         """Load the newest checkpoint, the same in all processes."""
-        stored = processes.on_main(
-            self.state,
-            lambda: checkpoint.read_newest(
-                self.directory.checkpoints_path, metrics_path=self.directory.metrics_path
-            ),
-        )
+        stored = processes.on_main(self.state, lambda: self.checkpoints().newest())
         if stored is None:
-            return Progress(iteration=0, metrics_bytes=0)
+            return Progress()
         checkpoint.restore(self.experiment.model, self.experiment.optimizer, stored)
         return stored.progress
 
-
-def live(run: Run, due: Cadence, environment: dict[str, Any]) -> ExitCode:
-    """Go on from the newest checkpoint until the run is done or asked to stop; record the end."""
-    directory, is_main = run.directory, run.state.is_main_process
-    progress = run.resume()
-    metrics = (
-        JsonLines(directory.metrics_path, length=progress.metrics_bytes) if is_main else NoLines()
-    )
-    timing = JsonLines(directory.timing_path) if is_main else NoLines()
-    name = f"{directory.cell.model} seed {directory.cell.seed}"
-    display: Display = NoDisplay()
-    if is_main:
-        display = make_display(name, start=progress.iteration, total=due.total)
-    stop = StopRequest()
-    try:
-        start = progress.iteration
-        timing.write(
-            event="start", iteration=start, world_size=run.state.num_processes, **environment
+    def checkpoints(self) -> Checkpoints:
+        """Return this run's checkpoints; for the main process."""
+        directory = self.directory
+        identity = directory.cell.identity()
+        return Checkpoints(
+            directory.checkpoints_path,
+            metrics_path=directory.metrics_path,
+            owner={key: identity[key] for key in IDENTITY},
+            check_lease=directory.lease.check,
+            warn=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        if is_main:  # what stands there if this life ends without a word
-            directory.write_status(None, reason="running", iteration=start)
-        if start:
-            display.note(f"{directory.path}: going on from iteration {start:,}")
-        with stop.listening():
-            iteration = loop(run, start, due, metrics, timing, display, stop)
+
+
+def live(run: Run, due: Cadence, environment: dict[str, Any], stop: StopRequest) -> ExitCode:
+    """Go on from the newest checkpoint until the run is done or asked to stop; record the end."""
+    with contextlib.ExitStack() as leaving:
+        leaving.enter_context(stop.listening())
+        progress = run.resume()
+        metrics, timing, display = records(run, progress, due)
+        for thing in (metrics, timing, display):
+            leaving.callback(thing.close)
+        start = progress.iteration
+        record_start(run, start, environment, timing, display)
+        iteration = loop(run, start, due, metrics, timing, display, stop)
         if iteration == due.total:
             finish(run, metrics)
             code, reason = ExitCode.DONE, "done"
@@ -258,16 +265,41 @@ def live(run: Run, due: Cadence, environment: dict[str, Any]) -> ExitCode:
             code = ExitCode.STOPPED
             reason = (stop.reason or "another process") if asked else "--stop-after"
             display.note(
-                f"stopped by {reason}, saved at iteration {iteration:,} in {directory.path}; "
+                f"stopped by {reason}, saved at iteration {iteration:,} in {run.directory.path}; "
                 "the same command goes on"
             )
-        if is_main:
-            directory.write_status(code, reason=reason, iteration=iteration)
+        if run.state.is_main_process:
+            run.directory.write_status(code, reason=reason, iteration=iteration)
         return code
-    finally:
-        display.close()
-        metrics.close()
-        timing.close()
+
+
+def records(run: Run, progress: Progress, due: Cadence) -> tuple[JsonLines, JsonLines, Display]:
+    """Return metrics.jsonl, cut back to the checkpoint, timing.jsonl, and the display."""
+    if not run.state.is_main_process:
+        return NoLines(), NoLines(), NoDisplay()
+    directory, check_lease = run.directory, run.directory.lease.check
+    name = f"{directory.cell.model} seed {directory.cell.seed}"
+    return (
+        JsonLines(directory.metrics_path, length=progress.metrics_bytes, check_lease=check_lease),
+        JsonLines(directory.timing_path, check_lease=check_lease),
+        make_display(name, start=progress.iteration, total=due.total),
+    )
+
+
+def record_start(
+    run: Run, start: int, environment: dict[str, Any], timing: JsonLines, display: Display
+) -> None:
+    """Say where this life begins, and on what."""
+    directory, world_size = run.directory, run.state.num_processes
+    timing.write(event="start", iteration=start, world_size=world_size, **environment)
+    if not run.state.is_main_process:
+        return
+    # What stands there if this life ends without a word.
+    directory.write_status(None, reason="running", iteration=start)
+    if start:
+        display.note(f"{directory.path}: going on from iteration {start:,}")
+        if changes := directory.changes(world_size=world_size, environment=environment):
+            display.note(f"the same experiment, but not its bits: {changes}")
 
 
 def loop(
@@ -296,7 +328,7 @@ def loop(
         if is_due(iteration, due.eval_every, due.total):
             metrics.write(iteration=iteration, **curve_point(run.experiment))
         if is_due(iteration, due.save_every, due.last) or is_asked_to_stop:
-            run.save(Progress(iteration, metrics_bytes=metrics.sync()))
+            run.save(iteration, metrics, timing)
     return iteration
 
 
@@ -320,7 +352,7 @@ def finish(run: Run, metrics: JsonLines) -> None:
     metrics.write(iteration=iterations, **{"test/error_rate": test_error_rate})
     if run.state.is_main_process:
         metrics.sync()
-        durable.write_bytes(run.directory.weights_path, checkpoint.weights(experiment.model))
+        run.directory.write_weights(checkpoint.weights(experiment.model))
         run.directory.write_result(
             iterations=iterations, **errors, num_parameters=num_parameters(experiment.model)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ OPEN = dict.fromkeys(dataclasses.asdict(SETTINGS))
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
+def directory(tmp_path: Path) -> Iterator[RunDirectory]:
     run = RunDirectory(tmp_path, CELL)
-    run.path.mkdir(parents=True)
+    run.acquire()
     run.settle_config(SETTINGS, world_size=1, environment={"device": "cpu"})
-    return run
+    yield run
+    run.release()
 
 
 def test_path_is_a_function_of_the_cell(tmp_path: Path) -> None:
@@ -115,7 +117,6 @@ def test_a_damaged_config_is_named(directory: RunDirectory, content: str) -> Non
 
 def test_one_process_at_a_time(directory: RunDirectory) -> None:
     second = RunDirectory(directory.path.parents[2], CELL)
-    directory.acquire()
     with pytest.raises(TemporaryError, match="another process is training this run"):
         second.acquire()
     directory.release()
@@ -133,3 +134,25 @@ def test_status_says_how_the_last_life_ended(directory: RunDirectory) -> None:
     directory.write_status(ExitCode.STOPPED, reason="SIGTERM", iteration=7)
     status = json.loads((directory.path / "status.json").read_text())
     assert status == {"exit_code": 85, "reason": "SIGTERM", "iteration": 7}
+
+
+def test_what_an_earlier_life_was_asked_or_left_half_written_is_removed(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, CELL)
+    run.path.mkdir(parents=True)
+    (run.path / "stop").touch()
+    (run.path / f".status.json.{'0a' * 8}").write_text("{")
+    (run.path / ".notes.txt").write_text("a user's own")
+    run.acquire()
+    run.release()
+    assert sorted(path.name for path in run.path.iterdir()) == [".notes.txt", "lock"]
+
+
+def test_what_may_change_the_bits_is_named(directory: RunDirectory) -> None:
+    before = {"hardware": "EPYC", "versions": {"torch": "2.13.0", "python": "3.11.2"}}
+    directory.config_path.unlink()
+    directory.settle_config(SETTINGS, world_size=1, environment=before)
+    assert directory.changes(world_size=1, environment=before) == ""
+    now = {"hardware": "H200", "versions": {"torch": "2.11.0", "python": "3.11.2"}}
+    assert directory.changes(world_size=2, environment=now) == (
+        "hardware H200 instead of EPYC, processes 2 instead of 1, torch 2.11.0 instead of 2.13.0"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -16,7 +17,8 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path)
     first.write(iteration=1, **{"train/loss": 1 / 3})
-    length = first.sync()
+    length, sha256 = first.sync()
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     first.write(iteration=2)
     first.close()
     second = JsonLines(path, length=length)
@@ -25,6 +27,15 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"iteration": 1, "train/loss": 1 / 3}, {"iteration": 2, "lr": 0.1}]
     assert length == len(path.read_text().splitlines()[0]) + 1
+
+
+def test_a_line_that_a_killed_process_left_without_its_end_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "timing.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n{"itera')
+    lines = JsonLines(path)
+    lines.write(iteration=2)
+    lines.close()
+    assert path.read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:

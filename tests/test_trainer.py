@@ -264,7 +264,7 @@ def test_a_full_disk_is_temporary(
     write, write_bytes = tracking.JsonLines.write, durable.write_bytes
 
     def write_line(lines: tracking.JsonLines, **values: Any) -> None:
-        fail_for(Path(lines._file.name))
+        fail_for(lines.path)
         write(lines, **values)
 
     def write_whole(path: Path, content: bytes) -> None:

@@ -1,0 +1,209 @@
+"""Who may write into a directory: one process at a time, also among hosts that share it.
+
+Two locks, because neither is enough alone:
+
+    lock         flock: the kernel lets it go the moment its holder dies, however it dies, so that
+                 the next life starts at once. Not every shared file system tells other hosts.
+    lease.json   names the holder and a beat that it renews. Another host takes it over only when it
+                 has stood still for STANDSTILL seconds of that host's own monotonic clock.
+
+A holder that was frozen for longer than that, or cut off from the disk, finds the lease gone when
+it looks before its next write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import secrets
+import sys
+import threading
+import time
+from pathlib import Path
+
+from resnet_ddp import durable
+from resnet_ddp.exits import TemporaryError, UserError
+
+LEASE = "lease.json"
+BEAT = 10.0  # seconds between two renewals
+STANDSTILL = 60.0  # seconds
+POLL = 1.0  # seconds
+
+
+def nobody_else() -> None:
+    """Check nothing, where who writes is alone: stands in for `Lease.check`."""
+
+
+class Lease:
+    """The right to write into a directory.
+
+    Args:
+        directory: made if it is not there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / LEASE
+        self._holder = secrets.token_hex(16)
+        self._lock: int | None = None
+        self._file: int | None = None
+        self._thread: threading.Thread | None = None
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the directory for this process, until `release`.
+
+        Raises:
+            UserError: it cannot be written.
+            TemporaryError: another process has it.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot write there ({error.strerror or error}); "
+                "choose another directory with --runs"
+            ) from error
+        try:
+            self._take(has_flock=self._flock())
+        except BaseException:
+            self.release()
+            raise
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the directory is still ours.
+
+        Raises:
+            TemporaryError: it is not.
+        """
+        if not self._content().startswith(self._beginning()):
+            raise TemporaryError(
+                f"{self.directory}: another process has taken this run over, because this one gave "
+                "no sign of life or its lease was removed; nothing was written since"
+            )
+
+    def release(self) -> None:
+        """Let others have the directory."""
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join(timeout=POLL)
+            if self._thread.is_alive():
+                return  # held up by the disk: its descriptor has to stay
+        if self._file is not None:
+            with contextlib.suppress(OSError, TemporaryError):
+                self.check()
+                os.unlink(self.path)
+            os.close(self._file)
+            self._file = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _flock(self) -> bool:
+        """Lock, and say whether this file system can."""
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._is_taken() from None
+        except OSError:
+            return False  # the lease alone has to do
+        return True
+
+    def _take(self, *, has_flock: bool) -> None:
+        there = self._content()
+        if there:
+            # On the holder's own kernel, its flock would stand if it lived.
+            if not (has_flock and _kernel_in(there) == kernel()):
+                self._wait_for_standstill(there)
+            self._move_aside(there)
+        try:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            raise self._is_taken() from None
+        self._renew(0)
+        durable.fsync(self.directory)
+        self.check()
+
+    def _wait_for_standstill(self, there: bytes) -> None:
+        print(
+            f"{self.directory}: looking for {STANDSTILL:.0f} s whether its last process, on "
+            "another host, still lives",
+            file=sys.stderr,
+        )
+        until = time.monotonic() + STANDSTILL
+        while time.monotonic() < until:
+            time.sleep(POLL)
+            if self._content() != there:
+                raise self._is_taken()
+
+    def _move_aside(self, there: bytes) -> None:
+        """Remove the lease that stood still, not one that another process has just made."""
+        aside = self.path.with_name(f".{LEASE}.{secrets.token_hex(8)}")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            raise self._is_taken() from None
+        try:
+            if aside.read_bytes() != there:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+                raise self._is_taken()
+        finally:
+            os.unlink(aside)
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._released.wait(BEAT):
+            beat += 1
+            # Our own file: it never overwrites the lease of one who took over. What the disk
+            # refuses here, the next check finds.
+            with contextlib.suppress(OSError):
+                self._renew(beat)
+
+    def _renew(self, beat: int) -> None:
+        if self._file is not None:
+            with durable.naming(self.path):
+                os.pwrite(self._file, self._beginning() + f'{beat:012d}"}}\n'.encode(), 0)
+                os.fsync(self._file)
+
+    def _beginning(self) -> bytes:
+        """Return the lease up to its beat, which has a fixed width."""
+        facts = {
+            "holder": self._holder,
+            "host": platform.node(),
+            "kernel": kernel(),
+            "pid": os.getpid(),
+            "beat": "",
+        }
+        return json.dumps(facts)[:-2].encode()
+
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _is_taken(self) -> TemporaryError:
+        return TemporaryError(f"{self.directory}: another process is training this run")
+
+
+def kernel() -> str:
+    """Return a name of the running kernel: what shares it, shares its locks."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()  # not Linux
+
+
+def _kernel_in(content: bytes) -> str | None:
+    try:
+        return str(json.loads(content)["kernel"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
