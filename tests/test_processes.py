@@ -1,5 +1,6 @@
 """Several processes as one run, with real ones: launchers, losses of a process, disagreements."""
 
+import itertools
 import json
 import os
 import signal
@@ -105,6 +106,73 @@ ACCELERATE = (
     *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu.yaml")),
     str(ROOT / "train.py"),
 )
+
+
+TORCHRUN_ONE = ("-m", "torch.distributed.run", "--nproc_per_node", "1", str(ROOT / "train.py"))
+ACCELERATE_ONE = (
+    *("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"),
+    str(ROOT / "train.py"),
+)
+LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "alone": (OURS, ()),
+    "ours": (OURS, ("--processes", "2")),
+    "torchrun": (TORCHRUN, ()),
+    "torchrun, one": (TORCHRUN_ONE, ()),
+    "accelerate": (ACCELERATE, ()),
+    "accelerate, one": (ACCELERATE_ONE, ()),
+}
+REQUESTS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "the file stop", "--max-minutes")
+SAMPLE = {
+    ("ours", "SIGUSR2"),
+    ("torchrun", "SIGTERM"),
+    ("torchrun, one", "SIGUSR1"),
+    ("accelerate", "SIGINT"),
+    ("accelerate, one", "SIGTERM"),
+    ("accelerate, one", "SIGUSR1"),
+    ("accelerate", "the file stop"),
+    ("torchrun", "--max-minutes"),
+}
+
+
+@pytest.mark.parametrize(
+    ("launch", "request_"),
+    [
+        pytest.param(*pair, marks=() if pair in SAMPLE else pytest.mark.slow)
+        for pair in itertools.product(LAUNCHES, REQUESTS)
+    ],
+)
+def test_whatever_asks_to_stop_behind_whatever_launcher(
+    workplace: Path, launch: str, request_: str
+) -> None:
+    """Sent to the process that the user started: a foreign launcher may die of it at once."""
+    command, more = LAUNCHES[launch]
+    limit = ("--max-minutes", "0.001") if request_ == "--max-minutes" else ()
+    process = start(workplace, *command, *arguments(*more, *limit))
+    if not limit:
+        wait_for_iteration(workplace, 1, process)
+    asked = time.monotonic()
+    if request_.startswith("SIG"):
+        process.send_signal(signal.Signals[request_])
+    elif request_ == "the file stop":
+        (run_directory(workplace) / "stop").touch()
+    returned, output = ended(process, within=PATIENCE)
+    while _processes_in(workplace) and time.monotonic() < asked + PATIENCE:
+        time.sleep(0.2)
+    assert not _processes_in(workplace)
+    if launch in ("alone", "ours"):
+        assert returned == 85, output
+        assert "the same command goes on" in output
+    ending = status(workplace)
+    assert ending["exit_code"] == 85, output
+    # A launcher that dies has the kernel ask its processes to stop, with a signal of its own.
+    assert ending["reason"] in {request_, "SIGTERM", "another process"}
+    assert checkpoint_iterations(workplace) == [ending["iteration"]]
+    assert not (run_directory(workplace) / "stop").exists()
+
+
+def checkpoint_iterations(directory: Path) -> list[int]:
+    there = (run_directory(directory) / "checkpoints").iterdir()
+    return [int(path.name.removeprefix("iteration-")) for path in there]
 
 
 def test_every_launcher_trains_the_same_run(workplace: Path) -> None:
