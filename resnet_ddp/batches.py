@@ -118,12 +118,17 @@ class Batches:
         self.share = share(recipe.batch_size, rank=rank, world_size=world_size)
         self.places = torch.arange(recipe.batch_size, device=images.device)[self.share]
 
-    def samples_at(self, iteration: int) -> Tensor:
+    def samples_at(self, iteration: int | Tensor) -> Tensor:
         """Return this rank's image numbers of one iteration, (b,) int64."""
-        return self.order[iteration, self.share].long()
+        return self.order.index_select(0, self._on_device(iteration))[0, self.share].long()
 
-    def __call__(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """Return images (b, 3, 32, 32) and labels (b,) int64."""
+    def __call__(self, iteration: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (b, 3, 32, 32) and labels (b,) int64.
+
+        Args:
+            iteration: (1,) int64 on the device, for a step that must not wait for the host.
+        """
+        iteration = self._on_device(iteration)
         samples = self.samples_at(iteration)
         passes = (iteration * self.recipe.batch_size + self.places) // self.samples_per_pass
         draws = draw(self.recipe, seed=self.seed, passes=passes, samples=samples)
@@ -131,3 +136,8 @@ class Batches:
         images = crop_and_flip(images, draws, self.recipe.padding)
         images = as_network_input(images).to(self.dtype, memory_format=self.layout)
         return images, self.labels[samples]
+
+    def _on_device(self, iteration: int | Tensor) -> Tensor:
+        if isinstance(iteration, Tensor):
+            return iteration
+        return torch.tensor([iteration], device=self.order.device)

@@ -70,7 +70,8 @@ def trace(trial: Trial) -> dict[str, Tensor]:
     for iteration in range(trial.iterations):
         with _gradients_kept(experiment, traced, steps.get(iteration)):
             experiment.stepper.advance(iteration, until=iteration + 1)
-        losses.append(processes.total(experiment.accelerator.state, experiment.stepper.loss))
+        loss = processes.total(experiment.accelerator.state, experiment.stepper.loss)
+        losses.append(loss.clone())  # the step writes into its own again
     traced["loss"] = torch.stack(losses)
     traced["error_rate"] = torch.tensor(experiment.test_error_rate())
     for name, parameter in experiment.model.named_parameters():

@@ -21,7 +21,7 @@ from resnet_ddp.evaluate import error_rate
 from resnet_ddp.exits import UserError
 from resnet_ddp.models import CifarNet, build_model
 from resnet_ddp.recipe import Recipe
-from resnet_ddp.step import Stepper, make_optimizer
+from resnet_ddp.step import CapturedStepper, CudaGraphs, Stepper, make_optimizer
 
 CURVE_IMAGES = 5000  # training images behind a point of the training curve
 
@@ -87,6 +87,7 @@ def build_experiment(
     precision: str,
     compile: bool,
     threads: int,
+    capture: bool = False,
 ) -> Experiment:
     """Put data and model on the device and prepare the step.
 
@@ -96,6 +97,7 @@ def build_experiment(
         precision: "bf16" (autocast; weights, momentum, BatchNorm statistics in fp32), "fp32", or
             "fp64" to compare with.
         threads: of the CPU, for this process.
+        capture: replay the step from CUDA graphs; of one process on CUDA only.
 
     Raises:
         UserError: the data is less than a batch, or the processes did not find each other.
@@ -144,13 +146,12 @@ def build_experiment(
         dtype=dtype,
         layout=layout,
     )
-    stepper = Stepper(
-        prepared_model,
-        prepared_optimizer,
-        batches,
-        accelerator,
-        recipe,
-        depth=ARCHITECTURES[model_name].depth,
+    parts = (prepared_model, prepared_optimizer, batches, accelerator, recipe)
+    depth = ARCHITECTURES[model_name].depth
+    stepper = (
+        CapturedStepper(*parts, depth=depth, recorder=CudaGraphs())
+        if capture
+        else Stepper(*parts, depth=depth)
     )
     return Experiment(
         recipe=recipe,

@@ -71,6 +71,9 @@ class TrainOptions:
     )
     device: str = option("auto", choices=DEVICES, help="default: the fastest that is there")
     compile: bool | None = option(None, help="compile the network; default: where it pays")
+    capture: bool | None = option(
+        None, help="replay the step from CUDA graphs; default: on CUDA, one process"
+    )
     threads: int | None = option(
         None, minimum=1, metavar="N", help="CPU threads; default: this process's share of the cores"
     )

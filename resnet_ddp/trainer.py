@@ -137,6 +137,7 @@ def train_alone(
         precision=settings.precision,
         compile=settings.compile,
         threads=settings.threads,
+        capture=machine.settle_capture(device, options.capture),
     )
     environment = machine.describe(device)
     processes.on_main(

@@ -136,7 +136,7 @@ def stuck_rate(iteration: int, depth: int) -> float:
 
 
 def rate_not_written(patch: Patch) -> None:
-    patch.setattr(Stepper, "set_lr", lambda self, learning_rate: None)
+    patch.setattr(Stepper, "set_rate", lambda self: None)
 
 
 def sgd(**settings: Any) -> Callable[[Patch], None]:
@@ -362,7 +362,7 @@ def padded_count(patch: Patch) -> None:
 
 def short_last_batch(patch: Patch) -> None:
     def samples_at(self: Batches, iteration: int) -> Tensor:
-        whole = self.order[iteration].long()
+        whole = self.order[int(iteration)].long()
         return whole[:72] if iteration % 352 == 351 else whole
 
     patch.setattr(Batches, "samples_at", samples_at)
@@ -429,9 +429,9 @@ def summed_loss(patch: Patch) -> None:
 def trained_in_evaluation_mode(patch: Patch) -> None:
     original = Stepper.step
 
-    def frozen(self: Stepper, iteration: int) -> None:
+    def frozen(self: Stepper) -> None:
         self.model.eval()  # type: ignore[attr-defined]
-        original(self, iteration)
+        original(self)
 
     patch.setattr(Stepper, "step", frozen)
 

@@ -59,10 +59,16 @@ def start(directory: Path, *command: str, **environment: str) -> subprocess.Pope
         [sys.executable, *command],
         cwd=directory,
         env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        preexec_fn=_heed_ctrl_c,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def _heed_ctrl_c() -> None:
+    """A shell starts what runs in its background deaf to it, these tests perhaps."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process: subprocess.Popen[str], within: float = 120.0) -> tuple[int, str]:

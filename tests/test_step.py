@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from resnet_ddp.augment import Normalisation
 from resnet_ddp.batches import Batches
 from resnet_ddp.models import CifarNet, build_model
 from resnet_ddp.recipe import HE2015, Recipe
-from resnet_ddp.step import Stepper, make_optimizer
+from resnet_ddp.step import CapturedStepper, Stepper, make_optimizer
 
 CPU = torch.device("cpu")
 # Two iterations at 0.1, one at 0.01, one at 0.001.
@@ -66,7 +69,7 @@ def test_steps_equal_sgd_written_out(
             for w, v, g in zip(parameters, velocity, gradients, strict=True):
                 v.mul_(0.9).add_(g + 1e-4 * w)  # weight decay on BatchNorm and bias, too
                 w.sub_(learning_rate * v)
-        stepper.step(iteration)
+        stepper.step()
         assert stepper.loss.item() == pytest.approx(loss.item(), rel=tolerance)
     for name, theirs in reference.state_dict().items():
         ours = model.state_dict()[name]
@@ -89,7 +92,7 @@ def test_a_deep_net_is_warmed_up() -> None:
     rates = []
     for iteration in range(3):
         stepper.advance(iteration, until=iteration + 1)
-        rates.append(stepper.optimizer.param_groups[0]["lr"])
+        rates.append(stepper.learning_rate)
     assert rates == [0.01, 0.1, 0.01]
 
 
@@ -106,7 +109,8 @@ def test_the_first_bad_iteration_is_remembered() -> None:
     )
     seen = []
     for iteration, loss in enumerate((2.3, float("inf"), 2.2, float("nan"))):
-        stepper.note(iteration, torch.tensor(loss))
+        stepper.seek(iteration)
+        stepper.note(torch.tensor(loss))
         seen.append(int(stepper.bad_iteration))
     assert seen == [-1, 1, 1, 1]
 
@@ -122,7 +126,69 @@ def test_batch_and_augmentation_cost_less_than_a_tenth_of_a_step() -> None:
         began = time.perf_counter()
         batches(iteration)
         middle = time.perf_counter()
-        stepper.step(iteration)
+        stepper.step()
         batch_seconds.append(middle - began)
         step_seconds.append(time.perf_counter() - middle)
     assert statistics.median(batch_seconds) < 0.1 * statistics.median(step_seconds)
+
+
+class Tape:
+    """Records work by remembering it: the CPU's stand-in for CUDA graphs."""
+
+    def __init__(self) -> None:
+        self.recorded: list[int] = []  # replays of each recording
+        self.is_warming_up = False
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        self.is_warming_up = True
+        yield
+        self.is_warming_up = False
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        number = len(self.recorded)
+        self.recorded.append(0)
+
+        def replay() -> None:
+            self.recorded[number] += 1
+            work()
+
+        return replay
+
+
+def test_a_replayed_step_does_what_the_eager_one_does() -> None:
+    """Through all that depends on the iteration: the batch, the learning rate, the counters."""
+    recipe = dataclasses.replace(RECIPE, iterations=40, drops=(9, 30))
+    ends = []
+    for kind in ("eager", "captured"):
+        model = build_model("resnet20", num_classes=10, seed=0)
+        stepper = make_stepper(model, make_batches(recipe), recipe)
+        tape = Tape()
+        if kind == "captured":
+            stepper = CapturedStepper(
+                stepper.model, stepper.optimizer, stepper.batches, stepper.accelerator, recipe,
+                depth=20, recorder=tape,
+            )  # fmt: skip
+        seen = []
+        for iteration, until in itertools.pairwise((0, 2, 6, 27, 28, 40)):
+            assert stepper.advance(iteration, until) == until
+            seen.append((stepper.loss.clone(), stepper.learning_rate, int(stepper.iteration)))
+        ends.append((seen, model.state_dict(), int(stepper.bad_iteration)))
+    (eager, weights, _), (captured, replayed, _) = ends
+    # Three eager steps; then 3 + (2 x 10 + 1) + 1 + (10 + 2) = 3 x 10 + 7 x 1.
+    assert sorted(tape.recorded) == [3, 7]
+    assert eager == captured
+    assert [rate for _, rate, _ in eager] == [0.1, 0.1, 0.01, 0.01, 0.001]
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, replayed[name]), name
+
+
+def test_a_step_goes_on_from_anywhere() -> None:
+    recipe = dataclasses.replace(RECIPE, iterations=40, drops=(9, 30))
+    stepper = make_stepper(
+        build_model("resnet20", num_classes=10, seed=0), make_batches(recipe), recipe
+    )
+    assert stepper.advance(29, until=31) == 31
+    assert (stepper.learning_rate, int(stepper.iteration)) == (0.001, 31)
+    assert stepper.advance(3, until=4) == 4
+    assert (stepper.learning_rate, int(stepper.iteration)) == (0.1, 4)

@@ -85,10 +85,10 @@ def test_a_crash_repeats_what_was_not_saved(
 ) -> None:
     step = Stepper.step
 
-    def crash(stepper: Stepper, iteration: int) -> None:
-        if iteration == 8:
+    def crash(stepper: Stepper) -> None:
+        if int(stepper.iteration) == 8:
             raise RuntimeError("power cut")
-        step(stepper, iteration)
+        step(stepper)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "step", crash)

@@ -170,7 +170,7 @@ class Subject:
 
         model.register_forward_hook(look)
         experiment.optimizer.register_step_pre_hook(look_at_gradients)
-        experiment.stepper.step(0)
+        experiment.stepper.step()
         return Step(
             labels=experiment.stepper.batches(0)[1], loss=float(experiment.stepper.loss), **seen
         )

@@ -12,7 +12,6 @@ from resnet_ddp import processes
 from resnet_ddp.audit.checks import Finding, equal, none_of, same_series, within
 from resnet_ddp.audit.paper import (
     DEPTHS,
-    ITERATIONS,
     MOMENTUM,
     WEIGHT_DECAY,
     learning_rates,
@@ -30,13 +29,11 @@ def written_rates(subject: Subject, net: str) -> Finding:
     experiment = subject.experiment(net)
     stepper, rates = experiment.stepper, []
     groups = experiment.optimizer.param_groups
-    for iteration in range(ITERATIONS):
-        try:
-            rate = subject.recipe.lr_at(iteration, depth=stepper.depth)
-        except ValueError:
-            break  # the schedule ended
-        stepper.set_lr(rate)
-        rates.append(groups[0]["lr"] if len(groups) == 1 else max(g["lr"] for g in groups))
+    for iteration in range(len(stepper.learning_rates)):
+        stepper.seek(iteration)
+        stepper.set_rate()
+        rate = max(float(group["lr"]) for group in groups)
+        rates.append(float(f"{rate:.7g}"))  # kept in the weights' type
     return same_series(learning_rates(DEPTHS[net]), rates)
 
 
@@ -84,7 +81,7 @@ class _Still:
         self.images = images
         self.labels = labels
 
-    def __call__(self, _iteration: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, _iteration: Tensor) -> tuple[Tensor, Tensor]:
         return self.images, self.labels
 
 
