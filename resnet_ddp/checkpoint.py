@@ -135,7 +135,7 @@ class Checkpoints:
         }
         self.check_lease()
         os.makedirs(self.directory, exist_ok=True)
-        self._remove(*self.directory.glob(".saving-*"))
+        self._remove(*self._unfinished())
         try:
             os.mkdir(temporary)
             for name, content in contents.items():
@@ -154,7 +154,7 @@ class Checkpoints:
             self._set_aside(final, error)
             raise TemporaryError(f"{final}: not what was just written ({error})") from error
         self.check_lease()
-        self._remove(*self.directory.glob(".saving-*"), *self._newest_first()[GENERATIONS:])
+        self._remove(*self._unfinished(), *self._newest_first()[GENERATIONS:])
         return final
 
     def newest(self) -> Stored | None:
@@ -167,6 +167,7 @@ class Checkpoints:
             OSError: the disk cannot be read: that says nothing against the checkpoint.
         """
         self.check_lease()
+        self._remove(*self._unfinished())
         try:
             metrics = self.metrics_path.read_bytes()
         except FileNotFoundError:
@@ -197,9 +198,13 @@ class Checkpoints:
         manifest["digest"] = _digest(manifest)
         return (json.dumps(manifest, indent=2) + "\n").encode()
 
+    def _unfinished(self) -> list[Path]:
+        """Return what a save or a removal that was interrupted left."""
+        return list(self.directory.glob(".saving-*"))
+
     def _newest_first(self) -> list[Path]:
         there = self.directory.glob("iteration-*")
-        return sorted((path for path in there if _iteration(path) is not None), reverse=True)
+        return sorted(filter(_is_checkpoint, there), reverse=True)
 
     def _verified(self, checkpoint: Path) -> Stored:
         """Read a checkpoint; never more of a file than its manifest says it has.
@@ -224,9 +229,10 @@ class Checkpoints:
                 if hashlib.sha256(content).hexdigest() != stated["sha256"]:
                     raise DamagedError(f"{name} has changed")
                 tensors.append(load_tensors(content))
-            progress = Progress(
-                manifest["iteration"], manifest["metrics_bytes"], manifest["metrics_sha256"]
-            )
+            length = manifest["metrics_bytes"]
+            if type(length) is not int or length < 0:
+                raise DamagedError(f"{MANIFEST} says that metrics.jsonl had {length} bytes")
+            progress = Progress(_iteration(checkpoint), length, manifest["metrics_sha256"])
             return Stored(progress, *tensors)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
@@ -246,7 +252,7 @@ class Checkpoints:
         """Remove directories as far as the disk lets us: what stays is no checkpoint."""
         for directory in directories:
             with contextlib.suppress(OSError):
-                if _iteration(directory) is not None:
+                if _is_checkpoint(directory):
                     # Half removed, it must not be taken for a damaged one.
                     directory = directory.rename(
                         directory.with_name(f".saving-{secrets.token_hex(8)}")
@@ -254,9 +260,12 @@ class Checkpoints:
                 shutil.rmtree(directory)
 
 
-def _iteration(checkpoint: Path) -> int | None:
-    match = re.fullmatch(r"iteration-(\d{8})", checkpoint.name)
-    return int(match[1]) if match else None
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"iteration-\d{8}", path.name) is not None
+
+
+def _iteration(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("iteration-"))
 
 
 def _read(path: Path, *, at_most: int) -> bytes:

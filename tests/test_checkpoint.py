@@ -151,10 +151,11 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert kept == "iteration-00000001"
 
 
-def test_what_a_killed_process_left_half_written_goes_with_the_next_save(folder: Path) -> None:
+def test_what_a_killed_process_left_half_written_goes(folder: Path) -> None:
     (folder / ".saving-123").mkdir()
     (folder / ".saving-123" / "model.safetensors").write_bytes(b"half")
     assert Trained().load(folder) is None
+    assert names(folder) == []
     Trained().save(folder, 1)
     assert names(folder) == ["iteration-00000001"]
 
