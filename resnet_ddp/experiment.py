@@ -5,6 +5,7 @@ The trainer adds a directory and a loop; the bench times the same pieces.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.augment import Normalisation
 from resnet_ddp.batches import Batches, curve_samples, share, split
 from resnet_ddp.batchnorm import Groups
+from resnet_ddp.compilation import Network, compile_checked
 from resnet_ddp.datasets import Dataset
 from resnet_ddp.evaluate import error_rate
 from resnet_ddp.exits import UserError
@@ -113,13 +115,14 @@ def build_experiment(
             "prepare more images"
         )
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    mine = share(recipe.batch_size, rank=rank, world_size=world_size)
     model = build_model(model_name, num_classes=data.num_classes, seed=seed)
     batchnorm.convert(
         model,
         Groups(
             batch_size=recipe.batch_size,
             group_size=recipe.batchnorm_group,
-            share=share(recipe.batch_size, rank=rank, world_size=world_size),
+            share=mine,
             is_distributed=world_size > 1,
         ),
     )
@@ -127,9 +130,21 @@ def build_experiment(
     layout = fitting_layout(device, precision)
     model.to(accelerator.device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)
-    prepared_model, prepared_optimizer = processes.prepare(
-        accelerator, torch.compile(model) if compile else model, optimizer
-    )
+    network: Network = model
+    if compile:
+        compiled, trouble = compile_checked(
+            model,
+            num_images=mine.stop - mine.start,
+            num_classes=data.num_classes,
+            precision=precision,
+            layout=layout,
+        )
+        # Where one process may not, none does: they would not be the same experiment.
+        if any(processes.shared(accelerator.state, trouble)):
+            print(f"warning: training without compilation: {trouble}", file=sys.stderr)
+        else:
+            network = compiled
+    prepared_model, prepared_optimizer = processes.prepare(accelerator, network, optimizer)
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(array).to(accelerator.device)
         for array in (data.train_images, data.train_labels, data.test_images, data.test_labels)

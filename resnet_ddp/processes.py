@@ -175,11 +175,7 @@ def on_main(state: PartialState, work: Callable[[], Value]) -> Value:
 def in_all(state: PartialState, work: Callable[[], Value]) -> Value:
     """Do something in every process; what ends the run in one of them ends it in all."""
     value, ending = _attempt(work)
-    endings: list[Exit | None] = [ending]
-    if state.num_processes > 1:
-        endings = [None] * state.num_processes
-        dist.all_gather_object(endings, ending)
-    for rank, theirs in enumerate(endings):
+    for rank, theirs in enumerate(shared(state, ending)):
         if theirs is not None:
             raise theirs if rank == state.process_index else theirs.told()
     return cast(Value, value)
@@ -193,16 +189,22 @@ def _attempt(work: Callable[[], Value]) -> tuple[Value | None, Exit | None]:
         return None, ending
 
 
+def shared(state: PartialState, value: Value) -> list[Value]:
+    """Return the values of all processes, by rank."""
+    values = [value]
+    if state.num_processes > 1:
+        values = [value] * state.num_processes
+        dist.all_gather_object(values, value)
+    return values
+
+
 def agree(state: PartialState, facts: dict[str, Any]) -> None:
     """Check that all processes hold the same facts.
 
     Raises:
         UserError: two of them differ; the line names the fact and both values.
     """
-    if state.num_processes == 1:
-        return
-    everyone: list[dict[str, Any]] = [{} for _ in range(state.num_processes)]
-    dist.all_gather_object(everyone, facts)
+    everyone = shared(state, facts)
     for rank, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs.get(name) != value:

@@ -104,6 +104,7 @@ def kill_until_done(
 ) -> collections.Counter[str]:
     """Kill life after life at random events; return what the kills that count hit."""
     hit: collections.Counter[str] = collections.Counter()
+    runs.parent.mkdir(exist_ok=True)
     log = runs.with_name("events")
     for _ in range(200):
         log.unlink(missing_ok=True)
