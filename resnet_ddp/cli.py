@@ -53,16 +53,21 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure our speed side by side with a stock loop."""
+    """Measure our speed side by side with a stock loop: all five networks, or one."""
 
-    model: str = option(metavar="MODEL", choices=ARCHITECTURES, help="resnet20, resnet56, ...")
+    model: str | None = option(
+        None, metavar="MODEL", choices=ARCHITECTURES, positional=True, help="default: all five"
+    )
     data: str = option("shapes", metavar="DIR", help="as for train")
-    precision: str | None = option(None, choices=("bf16", "fp32"), help="as for train")
     device: str = option("auto", choices=DEVICES, help="as for train")
-    compile: bool | None = option(None, help="as for train")
-    threads: int | None = option(None, minimum=1, metavar="N", help="CPU threads of both")
-    turns: int = option(5, minimum=1, metavar="N", help="how often the two take turns")
-    iterations: int = option(20, minimum=1, metavar="N", help="iterations of a turn")
+    compile: bool | None = option(None, help="measure compiled nets; default: if that works here")
+    threads: int | None = option(None, minimum=1, metavar="N", help="CPU threads of all contenders")
+    turns: int = option(5, minimum=1, metavar="N", help="how often the contenders take turns")
+    quick: bool = option(False, help="ResNet-20, short turns, no starts: under two minutes")
+    trace: str | None = option(
+        None, metavar="FILE", help="write a profile instead, for https://ui.perfetto.dev"
+    )
+    out: str | None = option(None, metavar="DIR", help="also write bench.json and bench.md there")
     json: bool = option(False, help="print JSON instead of a table")
 
 
@@ -177,23 +182,36 @@ def find_run(options: TrainOptions) -> tuple[Path, RunDirectory]:
 
 def bench(options: BenchOptions) -> ExitCode:
     """Measure and print."""
-    data = datasets.load_dataset(find_data(options.data))
+    directory = find_data(options.data)
+    data = datasets.load_dataset(directory)
     from resnet_ddp import bench, machine
 
     device = machine.pick_device(options.device)
+    can_compile = machine.missing_for_compile(device) is None
+    compile = not options.quick and can_compile if options.compile is None else options.compile
     setting = bench.Setting(
-        model=options.model,
+        models=(options.model,) if options.model else bench.GRID[: 1 if options.quick else None],
         data=data,
         device=device,
-        precision=options.precision or machine.pick_precision(device),
-        compile=machine.settle_compile(device, options.compile),
+        compile=machine.settle_compile(device, compile),
         threads=options.threads or machine.pick_threads(),
         turns=options.turns,
-        iterations=options.iterations,
+        quick=options.quick,
     )
-    result = bench.run(setting, say=lambda line: print(line, file=sys.stderr, flush=True))
-    print(json.dumps(result, indent=2) if options.json else bench.markdown(result))
-    return ExitCode.DONE if result["training"]["within_tolerance"] else ExitCode.FAILED
+    if options.trace:
+        bench.write_trace(setting, Path(options.trace))
+        return ExitCode.DONE
+    result = bench.run(
+        setting, directory, say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    as_json, table = json.dumps(result, indent=2), bench.markdown(result)
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        durable.write_bytes(Path(options.out, "bench.json"), f"{as_json}\n".encode())
+        durable.write_bytes(Path(options.out, "bench.md"), f"{table}\n".encode())
+    print(as_json if options.json else table)
+    training = result["training"]
+    return ExitCode.DONE if training is None or training["within_tolerance"] else ExitCode.FAILED
 
 
 def audit(options: AuditOptions) -> int:
