@@ -6,6 +6,7 @@ A wrong command line, missing data and a run that is done are answered before to
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -18,8 +19,10 @@ from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
 from resnet_ddp.launcher import is_main_process, launch
+from resnet_ddp.limits import MAX_THREADS
 from resnet_ddp.options import (
     DEVICES,
+    MAX_PROCESSES,
     LocalTrainOptions,
     Parser,
     TrainOptions,
@@ -29,7 +32,7 @@ from resnet_ddp.options import (
     read_options,
 )
 from resnet_ddp.recipe import RECIPES
-from resnet_ddp.runs import Cell, RunDirectory
+from resnet_ddp.runs import Cell, RunDirectory, shown
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
 
@@ -61,7 +64,9 @@ class BenchOptions:
     data: str = option("shapes", metavar="DIR", help="as for train")
     device: str = option("auto", choices=DEVICES, help="as for train")
     compile: bool | None = option(None, help="measure compiled nets; default: if that works here")
-    threads: int | None = option(None, minimum=1, metavar="N", help="CPU threads of all contenders")
+    threads: int | None = option(
+        None, minimum=1, maximum=MAX_THREADS, metavar="N", help="CPU threads of all contenders"
+    )
     turns: int = option(5, minimum=1, metavar="N", help="how often the contenders take turns")
     quick: bool = option(False, help="ResNet-20, short turns, no starts: under two minutes")
     trace: str | None = option(
@@ -79,7 +84,11 @@ class AuditOptions:
         None, metavar="RUN", positional=True, help="a run directory; default: the recipe itself"
     )
     processes: int = option(
-        1, minimum=1, metavar="W", help="train on W processes and on one, and compare"
+        1,
+        minimum=1,
+        maximum=MAX_PROCESSES,
+        metavar="W",
+        help="train on W processes and on one, and compare",
     )
     device: str = option("auto", choices=DEVICES, help="of --processes")
     json: bool = option(False, help="print JSON instead of text")
@@ -112,6 +121,8 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: Parser, argv: Sequence[str] | None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths hold what a terminal may not show
     namespace: argparse.Namespace = parser.parse_args(argv)
     function: Callable[[object], int] = namespace.function
     try:
@@ -241,7 +252,12 @@ def find_data(data: str) -> Path:
     directory = DATA_ROOT / data
     if datasets.is_prepared(directory):
         return directory
-    DATA_ROOT.mkdir(exist_ok=True)
+    try:
+        DATA_ROOT.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{DATA_ROOT} is no directory: remove it, or name one with --data"
+        ) from error
     with durable.locked(DATA_ROOT / f".{data}.lock"):  # a grid's first runs all come here at once
         if datasets.is_prepared(directory):
             return directory
@@ -260,5 +276,6 @@ def result_line(directory: RunDirectory) -> str:
     """Say how a finished run came out."""
     result = directory.result() or {}
     rate = result.get("test_error_rate")
-    error = f"{rate:.2%}" if isinstance(rate, float) else "unknown"
-    return f"done: test error {error} after {result.get('iterations')} iterations, {directory.path}"
+    error = f"{rate:.2%}" if isinstance(rate, float) and 0 <= rate <= 1 else "unknown"
+    iterations = shown(result.get("iterations"))
+    return f"done: test error {error} after {iterations} iterations, {directory.path}"

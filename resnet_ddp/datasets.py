@@ -226,9 +226,9 @@ def check_target(directory: str | os.PathLike[str]) -> None:
     """
     directory = Path(directory)
     try:
-        occupied = (
-            not is_prepared(directory) and os.path.exists(directory) and os.listdir(directory)
-        )
+        occupied = not is_prepared(directory) and os.listdir(directory)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise _cannot_write(directory, error) from error
     if occupied:
@@ -325,7 +325,9 @@ def _class_names(directory: Path, classes: Sequence[object]) -> tuple[str, ...]:
             f"{directory}: class names must be printable text; rename and prepare again"
         )
     if len(set(names)) != len(names) or len(names) < 2:
-        raise UserError(f"{directory}: two different class names at least are needed, not {names}")
+        raise UserError(
+            f"{directory}: two different class names at least are needed, not {str(names)[:200]}"
+        )
     return names
 
 

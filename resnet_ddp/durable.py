@@ -17,7 +17,8 @@ from typing import Any
 from resnet_ddp.exits import TemporaryError, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+           errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 # What a disk, or a file server that is away for a while, answers.
 FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENOLCK, errno.EMFILE,
            errno.ENFILE, errno.ENOMEM)  # fmt: skip

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -19,11 +20,13 @@ from typing import Any, NoReturn, TypeVar
 
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.exits import ExitCode
-from resnet_ddp.recipe import RECIPES
+from resnet_ddp.limits import MAX_INTEGER, MAX_THREADS, PRECISIONS
+from resnet_ddp.recipe import HE2015, RECIPES
 
 Options = TypeVar("Options")
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+MAX_PROCESSES = HE2015.batch_size  # each has an image of every batch
 
 
 def option(
@@ -33,6 +36,7 @@ def option(
     metavar: str | None = None,
     choices: Iterable[str] | None = None,
     minimum: int | None = None,
+    maximum: int = MAX_INTEGER,
     required: bool = False,
     positional: bool = False,
 ) -> Any:
@@ -42,6 +46,7 @@ def option(
         "metavar": metavar,
         "choices": choices,
         "minimum": minimum,
+        "maximum": maximum,
         "required": required,
         "positional": positional or default is MISSING,
     }
@@ -67,7 +72,7 @@ class TrainOptions:
     runs: str = option("runs", metavar="DIR", help="where run directories lie")
     grid: str | None = option(None, metavar="NAME", help="group of runs; default <data>-<recipe>")
     precision: str | None = option(
-        None, choices=("bf16", "fp32"), help="default: bf16 where the hardware has it fast"
+        None, choices=PRECISIONS, help="default: bf16 where the hardware has it fast"
     )
     device: str = option("auto", choices=DEVICES, help="default: the fastest that is there")
     compile: bool | None = option(None, help="compile the network; default: where it pays")
@@ -75,7 +80,11 @@ class TrainOptions:
         None, help="replay the step from CUDA graphs; default: on CUDA, one process"
     )
     threads: int | None = option(
-        None, minimum=1, metavar="N", help="CPU threads; default: this process's share of the cores"
+        None,
+        minimum=1,
+        maximum=MAX_THREADS,
+        metavar="N",
+        help="CPU threads; default: this process's share of the cores",
     )
     log_every: int | None = option(
         None, minimum=1, metavar="N", help="iterations between two logged losses"
@@ -99,7 +108,11 @@ class LocalTrainOptions(TrainOptions):
     """Train one network by one recipe, or go on where the same command was interrupted."""
 
     processes: int = option(
-        1, minimum=1, metavar="W", help="processes on this machine that share each batch"
+        1,
+        minimum=1,
+        maximum=MAX_PROCESSES,
+        metavar="W",
+        help="processes on this machine that share each batch",
     )
 
 
@@ -117,6 +130,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and suggest the nearest option for an unknown one."""
+        for word in sys.argv[1:] if args is None else args:
+            if re.search("[\\x00-\\x1f\\x7f-\\x9f]", word):
+                self.error(f"control characters in {word!a}")
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(unknown_message(unknown[0], self.known_options(args)))
@@ -178,9 +194,10 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
         kwargs["metavar"] = field.metadata["metavar"]
         if field.metadata["choices"] is not None:
             kwargs["choices"] = tuple(field.metadata["choices"])
-        if value_type in (int, float):
-            number = _integer if value_type is int else _number
-            kwargs["type"] = number(field.metadata["minimum"])
+        if value_type is int:
+            kwargs["type"] = _integer(field.metadata["minimum"], field.metadata["maximum"])
+        elif value_type is float:
+            kwargs["type"] = _number(field.metadata["minimum"])
         if field.default is MISSING:
             parser.add_argument(field.name, **kwargs)
         elif field.metadata["positional"]:
@@ -221,7 +238,7 @@ def _value_type(hint: Any) -> Any:
     return hint
 
 
-def _integer(minimum: int | None) -> Any:
+def _integer(minimum: int | None, maximum: int) -> Any:
     def integer(text: str) -> int:
         try:
             value = int(text)
@@ -229,8 +246,10 @@ def _integer(minimum: int | None) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if minimum is not None and value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        if value >= 2**32:
+        if value > MAX_INTEGER:
             raise argparse.ArgumentTypeError(f"{value} does not fit in 32 bits")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is more than {maximum}")
         return value
 
     return integer

@@ -24,6 +24,7 @@ from resnet_ddp import durable
 from resnet_ddp.datasets import DataRecord
 from resnet_ddp.exits import ExitCode, UserError
 from resnet_ddp.lease import Lease
+from resnet_ddp.limits import MAX_INTEGER, MAX_THREADS, PRECISIONS
 from resnet_ddp.recipe import Recipe
 
 # What a run is: a directory that holds another is never touched.
@@ -129,7 +130,7 @@ class RunDirectory:
         for key in IDENTITY:
             if config.get(key) != asked[key]:
                 raise UserError(
-                    f"{self.path} belongs to a run with {key} {config.get(key)}, not "
+                    f"{self.path} belongs to a run with {key} {shown(config.get(key))}, not "
                     f"{asked[key]}; choose another --grid or --runs, or remove it"
                 )
 
@@ -150,9 +151,9 @@ class RunDirectory:
         if config is None:
             return dataclasses.replace(default, **asked)
         for key, value in dataclasses.asdict(default).items():
-            if type(config.get(key)) is not type(value):
+            if type(config.get(key)) is not type(value) or not _is_possible(key, config[key]):
                 raise UserError(
-                    f"{self.config_path} is damaged ({key}: {config.get(key)!r}); "
+                    f"{self.config_path} is damaged ({key}: {shown(config.get(key))}); "
                     f"remove {self.path} to start anew"
                 )
             if key == "threads" and config.get("world_size") != world_size:
@@ -194,7 +195,7 @@ class RunDirectory:
             **(recorded if isinstance(recorded, dict) else {}),
         }
         return ", ".join(
-            f"{name} {value} instead of {before.get(name)}"
+            f"{name} {value} instead of {shown(before.get(name))}"
             for name, value in now.items()
             if value != before.get(name)
         )
@@ -226,11 +227,29 @@ def read_object(path: Path) -> dict[str, Any] | None:
         UserError: if the file is not a JSON object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no file")  # reading a pipe would wait for ever
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it or its run to go on") from error
+        raise UserError(
+            f"{path} is damaged ({shown(str(error))}); remove it or its run to go on"
+        ) from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (not a JSON object); remove it or its run to go on")
     return value
+
+
+def shown(value: object) -> str:
+    """Return a value that may have come from a damaged file as a short piece of one line."""
+    return "".join(c if c.isprintable() else " " for c in str(value))[:80]
+
+
+def _is_possible(setting: str, value: Any) -> bool:
+    """Say whether a recorded setting is one that the options could have had."""
+    if setting == "precision":
+        return value in PRECISIONS
+    if setting == "threads":
+        return bool(1 <= value <= MAX_THREADS)
+    return isinstance(value, bool) or bool(1 <= value <= MAX_INTEGER)
