@@ -20,6 +20,7 @@ from resnet_ddp.stop import SIGNALS
 
 GRACE = 20.0  # seconds between the end of the first process and the end of patience with the others
 POLL = 0.1  # seconds
+LAUNCHER_VARIABLE = "RESNET_DDP_LAUNCHER"  # its process number, for the processes it starts
 
 
 def is_main_process() -> bool:
@@ -72,6 +73,7 @@ def _identity(rank: int, num_processes: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store above, not one of rank 0's
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }
 
 

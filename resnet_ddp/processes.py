@@ -30,6 +30,7 @@ from torch import Tensor
 
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, TemporaryError, UserError
+from resnet_ddp.launcher import LAUNCHER_VARIABLE
 from resnet_ddp.recipe import HE2015
 
 Value = TypeVar("Value")
@@ -51,9 +52,10 @@ def end_with_launcher() -> None:
     launched = any(name in os.environ for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
     if not launched or not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    # Ours says who it is: it may have died while this process was starting.
+    parent = int(os.environ.get(LAUNCHER_VARIABLE, os.getppid()))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -464,11 +464,12 @@ def test_killed_processes_of_a_launch(
     command += ["--recipe", "he2015-smoke", "--save-every", "2", *options.split()]
 
     def start(runs: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*command, "--runs", str(runs)],
-            env=environment(tmp_path, RESNET_DDP_TIMEOUT="10"),
-            stderr=subprocess.DEVNULL,
-        )
+        with open(tmp_path / "stderr", "a") as log:
+            return subprocess.Popen(
+                [*command, "--runs", str(runs)],
+                env=environment(tmp_path, RESNET_DDP_TIMEOUT="10"),
+                stderr=log,
+            )
 
     assert start(tmp_path / "undisturbed").wait() == 0
     runs = tmp_path / "runs"
