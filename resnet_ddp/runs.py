@@ -187,11 +187,13 @@ class RunDirectory:
         now: dict[str, Any] = {
             "hardware": environment["hardware"],
             "processes": world_size,
+            "kernels": environment.get("kernels"),
             **environment["versions"],
         }
         before: dict[str, Any] = {
             "hardware": config.get("hardware"),
             "processes": config.get("world_size"),
+            "kernels": config.get("kernels"),
             **(recorded if isinstance(recorded, dict) else {}),
         }
         return ", ".join(

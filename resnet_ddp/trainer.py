@@ -139,7 +139,7 @@ def train_alone(
         threads=settings.threads,
         capture=machine.settle_capture(device, options.capture),
     )
-    environment = machine.describe(device)
+    environment = machine.describe(device) | {"kernels": experiment.kernels}
     processes.on_main(
         state,
         lambda: directory.settle_config(
@@ -260,18 +260,16 @@ def live(run: Run, due: Cadence, environment: dict[str, Any], stop: StopRequest)
         iteration = loop(run, start, due, metrics, timing, display, stop)
         if iteration == due.total:
             finish(run, metrics)
-            code, reason = ExitCode.DONE, "done"
-        else:
-            asked = iteration < due.last
-            code = ExitCode.STOPPED
-            reason = (stop.reason or "another process") if asked else "--stop-after"
-            display.note(
-                f"stopped by {reason}, saved at iteration {iteration:,} in {run.directory.path}; "
-                "the same command goes on"
-            )
+            return ExitCode.DONE
+        asked = iteration < due.last
+        reason = (stop.reason or "another process") if asked else "--stop-after"
+        display.note(
+            f"stopped by {reason}, saved at iteration {iteration:,} in {run.directory.path}; "
+            "the same command goes on"
+        )
         if run.state.is_main_process:
-            run.directory.write_status(code, reason=reason, iteration=iteration)
-        return code
+            run.directory.write_status(ExitCode.STOPPED, reason=reason, iteration=iteration)
+        return ExitCode.STOPPED
 
 
 def records(run: Run, progress: Progress, due: Cadence) -> tuple[JsonLines, JsonLines, Display]:
@@ -354,6 +352,8 @@ def finish(run: Run, metrics: JsonLines) -> None:
     if run.state.is_main_process:
         metrics.sync()
         run.directory.write_weights(checkpoint.weights(experiment.model))
+        # The result comes last: nobody looks into the directory of a run that has one.
+        run.directory.write_status(ExitCode.DONE, reason="done", iteration=iterations)
         run.directory.write_result(
             iterations=iterations, **errors, num_parameters=num_parameters(experiment.model)
         )

@@ -174,7 +174,7 @@ def events_of_a_save(events: list[str]) -> range:
     ]  # fmt: skip
     first = begins[2]
     last = next(n for n in range(first, len(events)) if events[n].startswith("step"))
-    return range(first - 1, last)
+    return range(first, last)
 
 
 @pytest.mark.parametrize("when", ["before", "half", "after"])
