@@ -18,7 +18,7 @@ from resnet_ddp import __version__, datasets, durable
 from resnet_ddp.architectures import ARCHITECTURES
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
-from resnet_ddp.launcher import is_main_process, launch
+from resnet_ddp.launcher import is_alone, is_main_process, launch
 from resnet_ddp.limits import MAX_THREADS
 from resnet_ddp.options import (
     DEVICES,
@@ -159,7 +159,8 @@ def prepare(options: PrepareOptions) -> ExitCode:
 def train(options: TrainOptions) -> ExitCode:
     """Train one run, unless it is done."""
     data_directory, directory = find_run(options)
-    if directory.result() is None:
+    # Of several processes, one must not leave for a result that the others came too early to see.
+    if not is_alone() or directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
         code = train_run(options, directory, lambda: datasets.load_dataset(data_directory))

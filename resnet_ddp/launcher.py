@@ -28,6 +28,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_alone() -> bool:
+    """Say whether this process was started without siblings."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m MODULE ARGUMENTS` in so many processes; return the code of the first to fail.
 
@@ -78,18 +83,24 @@ def _identity(rank: int, num_processes: int, port: int) -> dict[str, str]:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; once one has failed, give the others time to end by themselves."""
+    """Wait for all; once one has ended, give the others time to end by themselves."""
     first: int | None = None  # the rank that failed first
     deadline = float("inf")
     while time.monotonic() < deadline:
-        is_over = all(child.poll() is not None for child in children)
+        ended = [rank for rank, child in enumerate(children) if child.poll() is not None]
+        if ended and deadline == float("inf"):  # they leave together
+            deadline = time.monotonic() + GRACE
         if first is None:
-            first = next((rank for rank, child in enumerate(children) if child.returncode), None)
-            deadline = deadline if first is None else time.monotonic() + GRACE
-        if is_over:
+            first = next((rank for rank in ended if children[rank].returncode), None)
+        if len(ended) == len(children):
             break
         time.sleep(POLL)
-    code = 0 if first is None else children[first].returncode
+    if first is None:
+        stuck = [rank for rank, child in enumerate(children) if child.returncode is None]
+        if stuck:
+            print(f"resnet-ddp: process {stuck[0]} did not end with the others", file=sys.stderr)
+        return ExitCode.TEMPORARY if stuck else ExitCode.DONE
+    code = children[first].returncode
     if code < 0:
         name = signal.Signals(-code).name
         print(f"resnet-ddp: process {first} was killed by {name}", file=sys.stderr)

@@ -299,3 +299,30 @@ def test_processes_that_disagree_are_told_both_values(workplace: Path) -> None:
     _, output = ended(start(workplace, *command))
     assert "the processes differ in seed: 0 in process 0, 1 in process 1" in output
     assert not list(workplace.glob("runs/*/*/*/checkpoints"))
+
+
+def test_a_result_that_only_some_processes_saw_keeps_none_waiting(workplace: Path) -> None:
+    """The run is done while two processes start: the one that looks later must still join."""
+    returned, output = ended(start(workplace, *OURS, *arguments()))
+    assert returned == 0, output
+    result = run_directory(workplace) / "result.json"
+    script = workplace / "start.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "from resnet_ddp import runs\n"
+        "from resnet_ddp.cli import train_main\n"
+        "read = runs.read_object\n"
+        "def late(path):\n"
+        "    there = read(path)\n"
+        "    first = path.name == 'result.json' and not late.looked\n"
+        "    late.looked |= path.name == 'result.json'\n"
+        "    return None if first and os.environ['RANK'] == '1' else there\n"
+        "late.looked = False\n"
+        "runs.read_object = late\n"
+        "sys.exit(train_main(sys.argv[1:]))\n"
+    )
+    before = result.read_bytes()
+    command = (*TORCHRUN[:-1], str(script), *arguments())
+    returned, output = ended(start(workplace, *command), within=PATIENCE)
+    assert returned == 0, output
+    assert result.read_bytes() == before
