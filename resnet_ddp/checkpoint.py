@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,7 @@ class Checkpoints:
                 before = metrics[: stored.progress.metrics_bytes]
                 if hashlib.sha256(before).hexdigest() != stored.progress.metrics_sha256:
                     raise DamagedError(f"{self.metrics_path.name} is not what it was then")
+                self._remove(*self._newest_first()[GENERATIONS:])
                 return stored
             except DamagedError as error:
                 self._set_aside(checkpoint, error)
@@ -269,7 +271,10 @@ def _iteration(checkpoint: Path) -> int:
 
 
 def _read(path: Path, *, at_most: int) -> bytes:
-    if path.stat().st_size > at_most:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # what a device or a pipe would give has no end
+        raise DamagedError(f"{path.name} is no file")
+    if status.st_size > at_most:
         raise DamagedError(f"{path.name} is longer than it was")
     return path.read_bytes()
 

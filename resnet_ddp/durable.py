@@ -35,7 +35,8 @@ def disk_errors_named() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        name = error.filename2 or error.filename  # of a rename, the place that it was meant for
+        where = f"{name}: " if name else ""
         if error.errno in FULL:
             raise TemporaryError(
                 f"{where}No space left on the disk; free some, and the same command goes on"

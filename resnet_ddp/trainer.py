@@ -88,8 +88,8 @@ def take(
 
     All that was found there before is looked at again: now nobody else changes it.
     """
-    directory.acquire()
     try:
+        directory.acquire()
         directory.check_identity()
         if directory.result() is not None:
             return None

@@ -1,6 +1,7 @@
-"""Lives of a run that end at a chosen moment, or on a disk that fails: a server for tests.
+"""Lives of a run that end at a chosen moment, or on a disk that fails: for tests.
 
     python faulty.py        one order a line on stdin, one answer a line on stdout
+    python faulty.py ORDER  one life in this very process
 
 An order is a JSON object (see `Order`). Each is a process of its own, forked once torch has been
 imported, which is what a life mostly waits for; where one is told to die it is by SIGKILL.
@@ -27,9 +28,10 @@ from typing import Any
 
 RECIPE = "faulty"  # of 15 iterations of 8 images
 CALLS = (
-    *("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rename", "replace"),
+    *("open", "close", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rename", "replace"),
     *("unlink", "rmdir"),
 )
+WRITING = os.O_WRONLY | os.O_RDWR
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Order:
         arguments: of `resnet-ddp`.
         runs: files below this directory are watched.
         at: the event that is to fail, counted from 0; None for an undisturbed life.
-        fault: "before", "half" (of a write) or "after": killed there; or the name of an errno.
+        fault: "before", "half" (of a write) or "after": killed there; or the name of an errno,
+            which a write meets halfway.
+        seconds: killed after so long, whatever it is doing.
         clock: have the wall clock jump.
         log: a file that gets the events, one a line.
     """
@@ -49,6 +53,7 @@ class Order:
     runs: str
     at: int | None = None
     fault: str = "before"
+    seconds: float = 0.0
     clock: bool = False
     log: str = os.devnull
 
@@ -80,17 +85,17 @@ class Faults:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             where = self.path(args[0], kwargs)
-            is_reading = name == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR)
+            is_harmless = name == "close" or (name == "open" and not args[1] & WRITING)
             # The lease's beat, in a thread of its own, comes when it comes.
-            if where is None or threading.current_thread() is not threading.main_thread():
-                return original(*args, **kwargs)
-            result = (
-                original(*args, **kwargs)
-                if is_reading
-                else self.event(name, where, original, *args, **kwargs)
-            )
-            if name == "open":
+            is_ours = where is not None and threading.current_thread() is threading.main_thread()
+            if is_ours and not is_harmless:
+                result = self.event(name, str(where), original, *args, **kwargs)
+            else:
+                result = original(*args, **kwargs)
+            if name == "open" and where is not None:
                 self.paths[result] = where
+            elif name == "close":
+                self.paths.pop(args[0], None)
             return result
 
         return call
@@ -98,7 +103,8 @@ class Faults:
     def path(self, target: Any, kwargs: dict[str, Any]) -> str | None:
         """Return what a call is about, relative to the runs, None if it is about something else."""
         if kwargs.get("dir_fd") is not None:
-            return f"{self.paths.get(kwargs['dir_fd'], '')}/{target}"
+            there = self.paths.get(kwargs["dir_fd"])
+            return None if there is None else os.path.join(there, target)
         if isinstance(target, int):
             return self.paths.get(target)
         path = os.path.abspath(os.fspath(target))
@@ -110,13 +116,13 @@ class Faults:
         if number != self.order.at:
             return work(*args, **kw)
         fault = self.order.fault
-        if fault not in ("before", "half", "after"):
-            code = getattr(errno, fault)
-            raise OSError(code, os.strerror(code), where)
-        if fault == "half" and kind == "write":
+        if kind == "write" and fault not in ("before", "after"):
             work(args[0], bytes(args[1])[: len(args[1]) // 2])
         elif fault == "after":
             work(*args, **kw)
+        if fault not in ("before", "half", "after"):
+            code = getattr(errno, fault)
+            raise OSError(code, os.strerror(code), where)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -143,10 +149,13 @@ def live(order: Order) -> int:
 
 
 def serve() -> None:
-    import accelerate  # noqa: F401 what takes its time, once for all
-    import torch  # noqa: F401
+    import torch
 
-    import resnet_ddp.trainer  # noqa: F401
+    import resnet_ddp.trainer  # noqa: F401 what takes its time, once for all
+
+    # What torch imports at the first optimizer and the first net on no device, most of a life.
+    layer = torch.nn.Linear(1, 1, device="meta").to_empty(device="cpu")
+    torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
 
     for line in sys.stdin:
         order = Order(**json.loads(line))
@@ -167,11 +176,18 @@ def serve() -> None:
             sys.stderr.flush()
             os._exit(code)
         os.close(write)
+        kill_after(order.seconds, child)
         with open(read, "rb") as pipe:
             output = pipe.read().decode()
         _, status = os.waitpid(child, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps({"code": code, "output": output}), flush=True)
+
+
+def kill_after(seconds: float, child: int) -> None:
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def as_line(order: Order) -> str:
@@ -180,4 +196,6 @@ def as_line(order: Order) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    if sys.argv[1:]:
+        sys.exit(live(Order(**json.loads(sys.argv[1]))))
     serve()
