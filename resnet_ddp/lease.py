@@ -65,7 +65,8 @@ class Lease:
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
-                f"{self.directory}: cannot write there ({error.strerror or error}); "
+                f"{error.filename or self.directory}: cannot write there "
+                f"({error.strerror or error}); "
                 "choose another directory with --runs"
             ) from error
         try:

@@ -326,7 +326,7 @@ def kill_midway(
 
 def test_killed_in_a_save(lives: Lives, undisturbed: Undisturbed, tmp_path: Path) -> None:
     numbers = list(save_in(undisturbed.resumed))[::5]
-    assert kill_midway(lives, undisturbed, tmp_path, numbers).total() == len(numbers)
+    assert kill_midway(lives, undisturbed, tmp_path, numbers).total() >= len(numbers)
 
 
 @pytest.mark.slow
