@@ -83,7 +83,7 @@ class Lease:
         Raises:
             TemporaryError: it is not.
         """
-        if not self._content().startswith(self._beginning()):
+        if not (self._content() or b"").startswith(self._beginning()):
             raise TemporaryError(
                 f"{self.directory}: another process has taken this run over, because this one gave "
                 "no sign of life or its lease was removed; nothing was written since"
@@ -119,18 +119,31 @@ class Lease:
 
     def _take(self, *, has_flock: bool) -> None:
         there = self._content()
-        if there:
+        if there is not None:
             # On the holder's own kernel, its flock would stand if it lived.
             if not (has_flock and _kernel_in(there) == kernel()):
                 self._wait_for_standstill(there)
             self._move_aside(there)
-        try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            raise self._is_taken() from None
-        self._renew(0)
+        self._create()
         durable.fsync(self.directory)
         self.check()
+
+    def _create(self) -> None:
+        """Make the lease, whole or not at all, unless there is one."""
+        whole = self._aside()
+        try:
+            self._file = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._renew(0)
+            os.link(whole, self.path)
+        except FileExistsError:
+            raise self._is_taken() from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(whole)
+
+    def _aside(self) -> Path:
+        """Return the name of a file that `durable.remove_leftovers` knows."""
+        return self.path.with_name(f".{LEASE}.{secrets.token_hex(8)}")
 
     def _wait_for_standstill(self, there: bytes) -> None:
         print(
@@ -146,7 +159,7 @@ class Lease:
 
     def _move_aside(self, there: bytes) -> None:
         """Remove the lease that stood still, not one that another process has just made."""
-        aside = self.path.with_name(f".{LEASE}.{secrets.token_hex(8)}")
+        aside = self._aside()
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
@@ -185,11 +198,11 @@ class Lease:
         }
         return json.dumps(facts)[:-2].encode()
 
-    def _content(self) -> bytes:
+    def _content(self) -> bytes | None:
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
-            return b""
+            return None
 
     def _is_taken(self) -> TemporaryError:
         return TemporaryError(f"{self.directory}: another process is training this run")

@@ -29,7 +29,7 @@ from typing import Any
 RECIPE = "faulty"  # of 15 iterations of 8 images
 CALLS = (
     *("open", "close", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rename", "replace"),
-    *("unlink", "rmdir"),
+    *("link", "unlink", "rmdir"),
 )
 WRITING = os.O_WRONLY | os.O_RDWR
 

@@ -215,3 +215,12 @@ def test_a_removed_lease_counts_as_lost(tmp_path: Path) -> None:
     with pytest.raises(TemporaryError, match="its lease was removed"):
         mine.check()
     mine.release()
+
+
+def test_an_empty_lease_is_taken_over_after_a_minute(tmp_path: Path, clock: Clock) -> None:
+    """As a file system may leave it after a power cut."""
+    (tmp_path / "lease.json").touch()
+    mine = Lease(tmp_path)
+    mine.acquire()
+    mine.release()
+    assert clock.now >= 1_060.0

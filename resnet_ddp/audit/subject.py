@@ -122,6 +122,7 @@ class Subject:
             precision="fp32",
             compile=False,
             threads=1,
+            fuse=False,  # its layers are looked into; the kernels are tried against them
         )
 
     def levels(self, images: Tensor) -> Tensor:

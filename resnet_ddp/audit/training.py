@@ -26,9 +26,8 @@ BOUNDARIES = (0, 1, 399, 400, 401, 31_999, 32_000, 47_999, 48_000, 63_999)
 
 def written_rates(subject: Subject, net: str) -> Finding:
     """Have the rate of each iteration written, and read it back from the optimizer."""
-    experiment = subject.experiment(net)
-    stepper, rates = experiment.stepper, []
-    groups = experiment.optimizer.param_groups
+    stepper, _ = _line(subject, depth=DEPTHS[net])
+    groups, rates = stepper.optimizer.param_groups, []
     for iteration in range(len(stepper.learning_rates)):
         stepper.seek(iteration)
         stepper.set_rate()
