@@ -64,6 +64,8 @@ class Lease:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
+            if error.errno not in durable.REFUSED:
+                raise  # no space, a disk that fails: another time it may work
             raise UserError(
                 f"{error.filename or self.directory}: cannot write there "
                 f"({error.strerror or error}); "
