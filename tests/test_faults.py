@@ -282,6 +282,7 @@ def test_killed_at_random(lives: Lives, undisturbed: Undisturbed, tmp_path: Path
     while hit.total() < 3:
         seed += 1
         runs = tmp_path / str(seed) / "runs"
+        runs.parent.mkdir()
         hit += kill_until_done(lives, runs, undisturbed, random.Random(seed))
 
 
