@@ -132,6 +132,9 @@ def build_experiment(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     may_fuse = fuse and device == "cpu" and dtype == torch.float32 and not compile
     kernels = fused.load() if may_fuse else None
+    has_kernels = processes.shared(accelerator.state, kernels is not None)
+    if not all(has_kernels):
+        kernels = None  # where one process has none, none uses them: all compute the same bits
     layout = fitting_layout(device, precision, is_fused=kernels is not None)
     model.to(accelerator.device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe)

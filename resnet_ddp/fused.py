@@ -15,6 +15,7 @@ Shapes: b images of this process, C channels, H rows, W columns, G groups in the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +42,8 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
 )
 CHANNELS = (16, 32, 64)  # of `models.WIDTHS`
+COMPILING = "compiling-"  # how the folders are called in which it is done
+FORGOTTEN = 3600.0  # seconds after which such a folder is nobody's
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -147,7 +151,9 @@ def load() -> Kernels | None:
     try:
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:  # several processes may compile
+            _remove_leftovers(cache)
+            # Several processes may compile at once.
+            with tempfile.TemporaryDirectory(dir=cache, prefix=COMPILING) as folder:
                 target = Path(folder) / path.name
                 command = [compiler, *FLAGS, str(SOURCE), "-o", str(target)]
                 subprocess.run(command, check=True, capture_output=True)
@@ -158,6 +164,14 @@ def load() -> Kernels | None:
         return Kernels(ctypes.CDLL(str(path)), path.stem)
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what processes left that were killed while they compiled."""
+    for folder in cache.glob(f"{COMPILING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > FORGOTTEN:
+                shutil.rmtree(folder)
 
 
 def trouble_with(kernels: Kernels) -> str:

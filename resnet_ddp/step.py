@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -167,20 +167,13 @@ class CapturedStepper(Stepper):
 
     The first steps of a life are made eagerly and count like all others, so that nothing has to be
     put back after the warm-up.
+
+    Args:
+        parts: those of `Stepper`.
     """
 
-    def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        optimizer: AcceleratedOptimizer,
-        batches: Batches,
-        accelerator: Accelerator,
-        recipe: Recipe,
-        *,
-        depth: int,
-        recorder: Recorder,
-    ) -> None:
-        super().__init__(model, optimizer, batches, accelerator, recipe, depth=depth)
+    def __init__(self, *parts: Any, depth: int, recorder: Recorder) -> None:
+        super().__init__(*parts, depth=depth)
         self.recorder = recorder
         self.replays: dict[int, Replay] = {}
         self._warm_up_left = WARM_UP
