@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_ddp import fused
 from resnet_ddp.batchnorm import GroupBatchNorm2d, Groups, convert
-from resnet_ddp.fused import Kernels
+from resnet_ddp.kernels import Kernels
 from resnet_ddp.models import build_model
 
 Tensors = dict[str, Tensor]
@@ -29,7 +30,7 @@ def kernels() -> Kernels:
 
 @pytest.fixture(scope="module")
 def bf16_kernels(kernels: Kernels) -> Kernels:
-    if not kernels.has_bf16_products:
+    if not kernels.library.has_convolutions_bf16():
         pytest.skip("no AVX512-bf16")
     return kernels
 
@@ -69,52 +70,114 @@ def tensors_of(
     return gradients, dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("channels", [16, 32, 64])
+def tensors_of_layer(
+    kernels: Kernels | None,
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    group_size: int = 12,
+    has_residual: bool = True,
+    has_second: bool = True,
+    threads: int = 1,
+) -> list[Tensor]:
+    """Return output, gradients and running statistics of one layer.
+
+    Args:
+        kernels: None computes it with PyTorch, in float64 from numbers rounded to `dtype`.
+        shape: channels in and out, height, width, stride.
+    """
+    torch.set_num_threads(threads)
+    channels_in, channels, height, width, stride = shape
+    wide = torch.float64 if kernels is None else torch.float32
+    generator = torch.Generator().manual_seed(channels)
+    conv = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+    bn = GroupBatchNorm2d(channels, Groups(12, group_size, slice(0, 12), is_distributed=False))
+    out_shape = (12, channels, height // stride, width // stride)
+    x = 3 + torch.randn(12, channels_in, height, width, generator=generator)
+    residual = torch.randn(out_shape, generator=generator)
+    grads = torch.randn(2, *out_shape, generator=generator)
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator).to(dtype))
+        bn.weight.copy_(torch.linspace(-1, 2, channels))
+        bn.bias.copy_(torch.linspace(-1, 1, channels))
+    conv.to(wide, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bn.to(wide)
+    leaves = [t.to(dtype).to(wide).requires_grad_() for t in (x, residual)[: 1 + has_residual]]
+    grads = grads.to(dtype)
+    if kernels is None:
+        out = bn(conv(leaves[0]))
+        first = second = F.relu(out + leaves[1] if has_residual else out)
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            first, second = fused.layer(kernels, conv, bn, *leaves)
+    loss = (first * grads[0]).sum() + ((second * grads[1]).sum() if has_second else 0)
+    loss.backward()
+    parameters = (*leaves, conv.weight, bn.weight, bn.bias)
+    torch.set_num_threads(1)
+    return [first, *(cast(Tensor, p.grad) for p in parameters), *bn.buffers()][:-1]
+
+
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("has_second", [False, True])
 @pytest.mark.parametrize("group_size", [12, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(16, 16, 32, 32, 1), (32, 32, 16, 16, 1), (64, 64, 8, 8, 1), (16, 16, 8, 8, 1)],
+        *[(16, 32, 32, 32, 2), (32, 64, 16, 16, 2)],
+        *[(3, 16, 32, 32, 1), (16, 32, 5, 7, 1)],  # PyTorch's convolution
+    ],
+)
 def test_one_layer_is_float64s(
-    kernels: Kernels, channels: int, has_residual: bool, has_second: bool, group_size: int
+    kernels: Kernels,
+    shape: tuple[int, int, int, int, int],
+    has_residual: bool,
+    has_second: bool,
+    group_size: int,
 ) -> None:
-    generator = torch.Generator().manual_seed(channels)
-    shape = (12, channels, 5, 7)
-    x = 3 + torch.randn(shape, generator=generator)
-    residual = torch.randn(shape, generator=generator) if has_residual else None
-    grads = torch.randn(2, *shape, generator=generator)
-    groups = Groups(12, group_size, slice(0, 12), is_distributed=False)
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        bn = GroupBatchNorm2d(channels, groups).to(dtype)
-        with torch.no_grad():
-            bn.weight.copy_(torch.linspace(-1, 2, channels))
-            bn.bias.copy_(torch.linspace(-1, 1, channels))
-        inputs = [t.to(dtype).requires_grad_() for t in (x, residual) if t is not None]
-        if dtype == torch.float32:
-            first, second = fused.batchnorm_relu(kernels, bn, *inputs)
-        else:
-            first = second = F.relu(bn(inputs[0]) + (inputs[1] if has_residual else 0))
-        loss = (first * grads[0]).sum() + ((second * grads[1]).sum() if has_second else 0)
-        loss.backward()
-        results.append(
-            [
-                *(first, *(t.grad for t in inputs), bn.weight.grad, bn.bias.grad),
-                *(bn.running_mean, bn.running_var),
-            ]
+    exact, actual = (
+        tensors_of_layer(
+            each,
+            shape,
+            torch.float32,
+            group_size=group_size,
+            has_residual=has_residual,
+            has_second=has_second,
         )
-    for expected, actual in zip(*results, strict=True):
-        assert distance(actual, expected) < 2e-6
-
-
-@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8), (16, 4)])
-def test_weight_gradient(bf16_kernels: Kernels, channels: int, size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    x, grad = torch.randn(2, 5, channels, size, size, generator=generator).bfloat16()
-    x = x.contiguous(memory_format=torch.channels_last)
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    expected = torch.nn.grad.conv2d_weight(
-        x.double(), (channels, channels, 3, 3), grad.double(), padding=1
+        for each in (None, kernels)
     )
-    assert distance(bf16_kernels.weight_gradient(x, grad), expected) < 1e-5
+    for expected, found in zip(exact, actual, strict=True):
+        assert distance(found, expected) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(16, 16, 32, 32, 1), (32, 32, 16, 16, 1), (64, 64, 8, 8, 1)],
+        *[(16, 32, 32, 32, 2), (32, 64, 16, 16, 2)],
+    ],
+)
+def test_one_layer_in_bf16_is_float64s_but_for_rounding(
+    bf16_kernels: Kernels, shape: tuple[int, int, int, int, int]
+) -> None:
+    exact = tensors_of_layer(None, shape, torch.bfloat16)
+    actual = tensors_of_layer(bf16_kernels, shape, torch.bfloat16)
+    # ReLU's mask is that of rounded maps: gradients where the output is near 0 are another's.
+    for expected, found in zip(exact, actual, strict=True):
+        assert distance(found, expected) < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(
+    bf16_kernels: Kernels, dtype: torch.dtype
+) -> None:
+    shape = (64, 64, 8, 8, 1)
+    one, *more = (
+        tensors_of_layer(bf16_kernels, shape, dtype, group_size=4, threads=threads)
+        for threads in (1, 2, 3)
+    )
+    for other in more:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["resnet20", "plain20", "resnet20-b", "resnet20-maxpool"])

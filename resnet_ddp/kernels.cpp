@@ -1,0 +1,767 @@
+// CPU kernels behind kernels.py: 3x3 convolutions, and BatchNorm with what surrounds it in one pass
+// a direction.
+//
+// Maps are channels-last: `rows` pixels of C numbers one after the other, C in {16, 32, 64}. Sums
+// are fp32 within a chunk of 128 pixels, float64 across chunks. Work is cut into shards of so many
+// images, whose results are added up in their order: the same bits for any number of threads.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+// The number of channels as a constant: C is 16, 32 or 64.
+#define BY_CHANNELS(channels, ...)                                \
+    switch (channels) {                                           \
+        case 16: { constexpr int C_ = 16; __VA_ARGS__; break; }    \
+        case 32: { constexpr int C_ = 32; __VA_ARGS__; break; }    \
+        case 64: { constexpr int C_ = 64; __VA_ARGS__; break; }    \
+    }
+
+namespace {
+
+struct bf16 { uint16_t bits; };
+
+typedef float Floats __attribute__((vector_size(64)));  // 16 channels of a pixel
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+inline Floats load(const float *p) {
+    Floats result;
+    memcpy(&result, p, sizeof result);
+    return result;
+}
+inline Floats load(const bf16 *p) {
+    Halves halves;
+    memcpy(&halves, p, sizeof halves);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+inline float wide(uint32_t bits) {  // a bf16 in the upper half
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline void store(Floats x, float *p) { memcpy(p, &x, sizeof x); }
+inline void store(Floats x, bf16 *p) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
+    Words bits = (Words)x;
+    Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+#endif
+    memcpy(p, &halves, sizeof halves);
+}
+
+// Channels of a pixel, 16 at a time; an array of them may stay in registers.
+template <int C>
+struct Pixel {
+    Floats part[C / 16];
+    Pixel() = default;
+    template <class T>
+    explicit Pixel(const T *p) {
+        for (int v = 0; v < C / 16; v++) part[v] = load(p + 16 * v);
+    }
+};
+
+constexpr int64_t CHUNK = 128;  // pixels that are summed in fp32
+
+// Add to total[0:C] the sum of x, to total[C:2C] that of its square, over up to CHUNK pixels.
+// Deviations from one of them first: no cancellation.
+template <class T, int C>
+void add_statistics(const T *x, int64_t rows, double *total) {
+    constexpr int V = C / 16, LANES = 128 / C;  // sums side by side hide the latency
+    Floats sum[LANES][V] = {}, squares[LANES][V] = {};
+    const Pixel<C> origin(x);
+    auto add = [&](int64_t r, int lane) {
+        for (int v = 0; v < V; v++) {
+            Floats d = load(x + r * C + 16 * v) - origin.part[v];
+            sum[lane][v] += d;
+            squares[lane][v] += d * d;
+        }
+    };
+    int64_t r = 0;
+    for (; r + LANES <= rows; r += LANES)
+#pragma GCC unroll 8
+        for (int lane = 0; lane < LANES; lane++) add(r + lane, lane);
+    for (; r < rows; r++) add(r, 0);
+    for (int c = 0; c < C; c++) {
+        double n = double(rows), o = origin.part[c / 16][c % 16], s = 0, q = 0;
+        for (int lane = 0; lane < LANES; lane++) {
+            s += sum[lane][c / 16][c % 16];
+            q += squares[lane][c / 16][c % 16];
+        }
+        total[c] += s + n * o;
+        total[C + c] += q + 2 * o * s + n * o * o;
+    }
+}
+
+// A layer: relu(BatchNorm(convolution(x)) + residual); what kernels.py fills in.
+//
+// This process has `images` of the global batch, from the place `first` on; they are normalised in
+// groups of `group_size` places. Maps are (images, pixels, channels).
+struct Layer {
+    int ci, co, stride, size;  // of the convolution; size: height and width of x
+    int images, first, groups, group_size, pixels;  // pixels of an image of y
+    int convolves;                                  // y is computed here, and grad_x is that of x
+    double eps, momentum;
+    const float *weight, *bn_weight, *bn_bias;  // weight [co][ky][kx][ci]
+    float *running_mean, *running_var;
+    const void *x, *residual;
+    void *y, *out;
+    float *affine;                                  // [mean, scale, shift][group][co]
+    double *sums, *invstd, *grad_sums;              // [2][group][co], [group][co], [2][group][co]
+    const void *grad1, *grad2;                      // of the output, from one consumer or two
+    void *masked, *grad_x;                          // grad1 + grad2 where ReLU let through
+    float *weight_grad, *bn_weight_grad, *bn_bias_grad;
+
+    template <class T> T *map(const void *start, int64_t image, int64_t size) const {
+        return start ? (T *)start + image * size : nullptr;
+    }
+    int64_t y_size() const { return int64_t(pixels) * co; }  // of an image
+    int64_t x_size() const { return int64_t(size) * size * ci; }
+};
+
+// Have an image's map brought near while the one before it is computed with.
+template <class T>
+void prefetch(const Layer &layer, const void *map, int image, int64_t size) {
+    if (image >= layer.images) return;
+    const char *at = (const char *)layer.map<T>(map, image, size);
+    for (int64_t i = 0; i < size * int64_t(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+// The images of a group that are this process's.
+struct Piece {
+    int group, first, count;  // first: among this process's
+};
+
+std::vector<Piece> pieces(const Layer &layer) {
+    std::vector<Piece> found;
+    for (int g = 0; g < layer.groups; g++) {
+        int start = std::max(0, g * layer.group_size - layer.first);
+        int stop = std::min(layer.images, (g + 1) * layer.group_size - layer.first);
+        if (start < stop) found.push_back({g, start, stop - start});
+    }
+    return found;
+}
+
+// Call work(first, count, total) for shards of `at_once` images, and add up the totals [2][C] in
+// the shards' order, into sums[0] and sums[1], a group's stride apart. Which thread takes which
+// shard is left to chance, and does not show.
+template <int C, class Work>
+void over_shards(const Piece &piece, int at_once, int threads, double *sums, size_t stride,
+                 Work work) {
+    const int shards = (piece.count + at_once - 1) / at_once;
+    std::vector<double> partial(size_t(shards) * 2 * C, 0.0);
+#pragma omp parallel num_threads(threads)
+    {
+        auto of_thread = work();
+#pragma omp for schedule(dynamic, 1)
+        for (int s = 0; s < shards; s++)
+            of_thread(piece.first + s * at_once, std::min(at_once, piece.count - s * at_once),
+                      &partial[size_t(s) * 2 * C]);
+    }
+    for (int k = 0; k < 2; k++)
+        for (int c = 0; c < C; c++) {
+            sums[k * stride + c] = 0;
+            for (int s = 0; s < shards; s++)
+                sums[k * stride + c] += partial[(size_t(s) * 2 + k) * C + c];
+        }
+}
+
+// The sums of y and of its square over a piece.
+template <class T, int C>
+void statistics(const Layer &layer, const Piece &piece, int threads) {
+    size_t stride = size_t(layer.groups) * C;
+    over_shards<C>(piece, 1, threads, layer.sums + piece.group * C, stride, [&] {
+        return [&](int n, int, double *total) {
+            const T *y = layer.map<T>(layer.y, n, layer.y_size());
+            for (int64_t r = 0; r < layer.pixels; r += CHUNK)
+                add_statistics<T, C>(y + r * C, std::min(CHUNK, layer.pixels - r), total);
+        };
+    });
+}
+
+// From the sums over all processes to what the rest needs of them, and the running statistics.
+void finish_statistics(const Layer &layer) {
+    const int C = layer.co, G = layer.groups;
+    const double count = double(layer.group_size) * layer.pixels;
+    for (int c = 0; c < C; c++) {
+        double all_means = 0, all_vars = 0;
+        for (int g = 0; g < G; g++) {
+            const int i = g * C + c;
+            double mean = layer.sums[i] / count;
+            double var = layer.sums[G * C + i] / count - mean * mean;
+            if (var < 0) var = 0;  // NaN stays
+            double inverse = 1 / sqrt(var + layer.eps), scale = layer.bn_weight[c] * inverse;
+            layer.affine[i] = float(mean);
+            layer.affine[G * C + i] = float(scale);
+            layer.affine[2 * G * C + i] = float(layer.bn_bias[c] - mean * scale);
+            layer.invstd[i] = inverse;
+            all_means += mean;
+            all_vars += var * count / (count - 1);
+        }
+        double mean = layer.running_mean[c], var = layer.running_var[c];
+        layer.running_mean[c] = float(mean + layer.momentum * (all_means / G - mean));
+        layer.running_var[c] = float(var + layer.momentum * (all_vars / G - var));
+    }
+}
+
+// A group's mean, scale and shift.
+template <int C>
+struct Affine {
+    Pixel<C> mean, scale, shift;
+    Affine(const Layer &layer, int group)
+        : mean(layer.affine + group * C),
+          scale(layer.affine + (layer.groups + group) * C),
+          shift(layer.affine + (2 * layer.groups + group) * C) {}
+};
+
+// out = relu(scale * y + shift + residual).
+template <class T, int C, bool HAS_RESIDUAL>
+void apply(const Layer &layer, const Piece &piece, int threads) {
+    const Affine<C> affine(layer, piece.group);
+    const Pixel<C> a = affine.scale, b = affine.shift;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int n = piece.first; n < piece.first + piece.count; n++) {
+        const T *y = layer.map<T>(layer.y, n, layer.y_size());
+        const T *residual = layer.map<T>(layer.residual, n, layer.y_size());
+        T *out = layer.map<T>(layer.out, n, layer.y_size());
+        for (int64_t r = 0; r < layer.pixels; r++)
+            for (int v = 0; v < C / 16; v++) {
+                int64_t i = r * C + 16 * v;
+                Floats result = load(y + i) * a.part[v] + b.part[v];
+                if (HAS_RESIDUAL) result += load(residual + i);
+                store(result < 0 ? Floats{} : result, out + i);  // NaN stays
+            }
+    }
+}
+
+// g = (grad1 + grad2) where the output was positive. The sums of g and of g * (y - mean). With a
+// residual the output is looked at and g is written down; without, both are found again.
+template <class T, int C, bool HAS_RESIDUAL, bool HAS_SECOND>
+void grad_statistics(const Layer &layer, const Piece &piece, int threads) {
+    const Affine<C> affine(layer, piece.group);
+    size_t stride = size_t(layer.groups) * C;
+    over_shards<C>(piece, 1, threads, layer.grad_sums + piece.group * C, stride, [&] {
+        return [&](int n, int, double *total) {
+            const Pixel<C> m = affine.mean, a = affine.scale, b = affine.shift;
+            const int64_t size = layer.y_size();
+            const T *grad1 = layer.map<T>(layer.grad1, n, size);
+            const T *grad2 = layer.map<T>(layer.grad2, n, size);
+            const T *y = layer.map<T>(layer.y, n, size), *out = layer.map<T>(layer.out, n, size);
+            T *masked = layer.map<T>(layer.masked, n, size);
+            for (int64_t start = 0; start < layer.pixels; start += CHUNK) {
+                Floats sum[C / 16] = {}, dot[C / 16] = {};
+                const int64_t stop = std::min<int64_t>(layer.pixels, start + CHUNK);
+#pragma GCC unroll 2
+                for (int64_t r = start; r < stop; r++)
+                    for (int v = 0; v < C / 16; v++) {
+                        int64_t i = r * C + 16 * v;
+                        Floats g = load(grad1 + i), from = load(y + i);
+                        if (HAS_SECOND) g += load(grad2 + i);
+                        Floats o = HAS_RESIDUAL ? load(out + i) : from * a.part[v] + b.part[v];
+                        g = o > 0 ? g : Floats{};
+                        if (HAS_RESIDUAL || HAS_SECOND) store(g, masked + i);
+                        sum[v] += g;
+                        dot[v] += g * (from - m.part[v]);
+                    }
+                for (int c = 0; c < C; c++) {
+                    total[c] += sum[c / 16][c % 16];
+                    total[C + c] += dot[c / 16][c % 16];
+                }
+            }
+        };
+    });
+}
+
+// This process's gradients of BatchNorm's weight and bias, from its own sums.
+void parameter_gradients(const Layer &layer) {
+    const int C = layer.co, G = layer.groups;
+    for (int c = 0; c < C; c++) {
+        double of_weight = 0, of_bias = 0;
+        for (int i = c; i < G * C; i += C) {
+            of_bias += layer.grad_sums[i];
+            of_weight += layer.grad_sums[G * C + i] * layer.invstd[i];
+        }
+        layer.bn_weight_grad[c] = float(of_weight);
+        layer.bn_bias_grad[c] = float(of_bias);
+    }
+}
+
+// The gradient of y: scale * (g - b - (y - mean) * d), where b and d are the means over the group of
+// g and of g * (y - mean) / variance. MASK: g was not written down, and has yet to be masked.
+template <class T, int C, bool MASK>
+struct Gradient {
+    const Layer &layer;
+    Affine<C> affine;
+    Pixel<C> b, d;
+
+    Gradient(const Layer &layer, int group) : layer(layer), affine(layer, group) {
+        const double count = double(layer.group_size) * layer.pixels;
+        for (int c = 0; c < C; c++) {
+            int i = group * C + c;
+            double invstd = layer.invstd[i], dot = layer.grad_sums[layer.groups * C + i];
+            b.part[c / 16][c % 16] = float(layer.grad_sums[i] / count);
+            d.part[c / 16][c % 16] = float(dot / count * invstd * invstd);
+        }
+    }
+
+    const void *of() const { return MASK ? layer.grad1 : layer.masked; }
+
+    // Write that of an image's pixels start..stop-1 to out.
+    void write(int64_t image, int64_t start, int64_t stop, T *out) const {
+        const T *y = layer.map<T>(layer.y, image, layer.y_size()) + start * C;
+        const T *g = layer.map<T>(of(), image, layer.y_size()) + start * C;
+        for (int64_t r = 0; r < stop - start; r++)
+            for (int v = 0; v < C / 16; v++) {
+                int64_t i = r * C + 16 * v;
+                Floats from = load(y + i), value = load(g + i), scale = affine.scale.part[v];
+                if (MASK) value = from * scale + affine.shift.part[v] > 0 ? value : Floats{};
+                value = value - b.part[v] - (from - affine.mean.part[v]) * d.part[v];
+                store(scale * value, out + i);
+            }
+    }
+};
+
+template <class T, int C, bool MASK>
+void grad_apply(const Layer &layer, const Piece &piece, int threads) {
+    const Gradient<T, C, MASK> gradient(layer, piece.group);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int n = piece.first; n < piece.first + piece.count; n++)
+        gradient.write(n, 0, layer.pixels, layer.map<T>(layer.grad_x, n, layer.y_size()));
+}
+
+// ---- Convolutions, 3x3 with a border of zeros, an image at a time.
+//
+// A unit is the four bytes that one multiplication takes: two neighbouring channels in bf16, or one
+// number in fp32. Weights are laid out anew as [tap][unit of one side's channels][the other side's],
+// so that 16 outputs are added to at once, from one unit of the map that all of them share.
+
+typedef uint32_t Unit;
+template <class T> constexpr int PER_UNIT = sizeof(Unit) / sizeof(T);
+
+template <class T> Floats multiply_add(Floats sum, Floats weights, Unit x);
+template <>
+inline Floats multiply_add<float>(Floats sum, Floats weights, Unit x) {
+    float number;
+    memcpy(&number, &x, sizeof number);
+    return sum + weights * number;
+}
+template <>
+inline Floats multiply_add<bf16>(Floats sum, Floats weights, Unit x) {
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights,
+                                    (__m512bh)_mm512_set1_epi32(int(x)));
+#else
+    Words w = (Words)weights;
+    sum += (Floats)(w << 16) * wide(x << 16);
+    return sum + (Floats)(w & 0xffff0000u) * wide(x & 0xffff0000u);
+#endif
+}
+
+// Memory that a thread keeps, on the boundaries of cache lines.
+template <class T>
+struct Buffer {
+    std::vector<char> bytes;
+    T *of(size_t size) {
+        if (bytes.size() < size * sizeof(T) + 64) bytes.resize(size * sizeof(T) + 64);
+        return (T *)((uintptr_t(bytes.data()) + 63) & ~uintptr_t(63));
+    }
+};
+
+// A map of one image in a border of zeros.
+template <class T>
+struct Padded {
+    int size, channels;  // of the map without its border; size is height and width
+    T *at;
+
+    Padded(Buffer<T> &buffer, int size, int channels) : size(size), channels(channels) {
+        size_t numbers = size_t(size + 2) * (size + 2) * channels;
+        at = buffer.of(numbers);
+        memset((void *)at, 0, numbers * sizeof(T));
+    }
+    T *row(int i) { return at + (size_t(i + 1) * (size + 2) + 1) * channels; }
+    void fill(const T *map) {
+        for (int i = 0; i < size; i++)
+            memcpy((void *)row(i), map + size_t(i) * size * channels,
+                   size_t(size) * channels * sizeof(T));
+    }
+    int units() const { return channels / PER_UNIT<T>; }  // a pixel's
+    const Unit *unit(int i, int j) const {                // of the pixel i, j, border included
+        return (const Unit *)at + (size_t(i) * (size + 2) + j) * units();
+    }
+};
+
+inline Unit as_unit(const float *values, size_t, float) {
+    Unit result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+inline Unit as_unit(const float *values, size_t stride, bf16) {
+    auto narrow = [](float x) {
+        Unit bits;
+        memcpy(&bits, &x, sizeof bits);
+        return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    };
+    return narrow(values[0]) | narrow(values[stride]) << 16;
+}
+
+// From weights [co][ky][kx][ci] to [ky][kx][unit of ci][co], or, backward, to [..][unit of co][ci].
+template <class T>
+std::vector<Unit> pack_weights(const float *weights, int ci, int co, bool backward) {
+    size_t stride = backward ? size_t(9) * ci : 1, lane_stride = backward ? 1 : size_t(9) * ci;
+    int units = (backward ? co : ci) / PER_UNIT<T>, lanes = backward ? ci : co;
+    std::vector<Unit> packed(size_t(9) * units * lanes);
+    for (int tap = 0; tap < 9; tap++)
+        for (int u = 0; u < units; u++)
+            for (int lane = 0; lane < lanes; lane++)
+                packed[(size_t(tap) * units + u) * lanes + lane] =
+                    as_unit(weights + size_t(tap) * ci + u * PER_UNIT<T> * stride +
+                                lane * lane_stride,
+                            stride, T());
+    return packed;
+}
+
+struct Tap {
+    const Unit *pixels;   // what it reads for the first output
+    const Unit *weights;  // [unit][output channel]
+};
+
+// A sum of taps: rows x width outputs, their places and those read being so many units apart.
+struct Taps {
+    Tap tap[9];
+    int count, channels;  // channels of the output
+    int rows, width;
+    size_t row_step;                // in units read
+    size_t out_row_step, out_step;  // in numbers written
+};
+
+// PIXELS outputs of a row times PARTS times 16 channels stay in registers. UNITS are read of each
+// pixel, every STRIDE-th: constants, for the addresses to be part of the instructions.
+template <class T, int UNITS, int STRIDE, int PIXELS, int PARTS>
+void add_taps(const Taps &taps, T *out) {
+    for (int c = 0; c < taps.channels; c += 16 * PARTS)
+        for (int i = 0; i < taps.rows; i++)
+            for (int j = 0; j < taps.width; j += PIXELS) {
+                Floats sums[PIXELS][PARTS] = {};
+                for (int t = 0; t < taps.count; t++) {
+                    const Unit *x = taps.tap[t].pixels + i * taps.row_step + j * UNITS * STRIDE;
+                    const Unit *w = taps.tap[t].weights + c;
+                    for (int u = 0; u < UNITS; u++, w += taps.channels) {
+                        Floats weights[PARTS];
+                        for (int v = 0; v < PARTS; v++) memcpy(&weights[v], w + 16 * v, 64);
+#pragma GCC unroll 16
+                        for (int p = 0; p < PIXELS; p++)
+#pragma GCC unroll 2
+                            for (int v = 0; v < PARTS; v++)
+                                sums[p][v] = multiply_add<T>(sums[p][v], weights[v],
+                                                             x[p * UNITS * STRIDE + u]);
+                    }
+                }
+                T *at = out + i * taps.out_row_step + j * taps.out_step + c;
+                for (int p = 0; p < PIXELS; p++)
+                    for (int v = 0; v < PARTS; v++)
+                        store(sums[p][v], at + p * taps.out_step + 16 * v);
+            }
+}
+
+template <class T, int UNITS, int STRIDE>
+void add_taps(const Taps &taps, T *out) {
+    if (taps.width % 16 == 0) add_taps<T, UNITS, STRIDE, 16, 1>(taps, out);
+    else if (taps.channels % 32 == 0) add_taps<T, UNITS, STRIDE, 8, 2>(taps, out);
+    else add_taps<T, UNITS, STRIDE, 8, 1>(taps, out);
+}
+
+// out[i, j] = sum over ky, kx of weights[ky, kx] x[S i + ky - 1, S j + kx - 1].
+template <class T, int UNITS, int STRIDE>
+void convolve(const Padded<T> &x, const std::vector<Unit> &weights, int co, T *out) {
+    int size = x.size / STRIDE;
+    Taps taps{{}, 0, co, size, size, size_t(x.unit(STRIDE, 0) - x.unit(0, 0)),
+              size_t(size) * co, size_t(co)};
+    for (int ky = 0; ky < 3; ky++)
+        for (int kx = 0; kx < 3; kx++)
+            taps.tap[taps.count++] = {x.unit(ky, kx), &weights[size_t(3 * ky + kx) * UNITS * co]};
+    add_taps<T, UNITS, STRIDE>(taps, out);
+}
+
+// The gradient of what `convolve` read: x[S i + y, ..] was read by g[i + dy, ..], where
+// dy = (y + 1 - ky) / S for those ky for which that is whole. S * S sets of pixels, each its taps.
+template <class T, int UNITS>
+void convolve_back(const Padded<T> &g, const std::vector<Unit> &weights, int ci, int stride,
+                   T *out) {
+    int size = g.size * stride;
+    for (int y = 0; y < stride; y++)
+        for (int x = 0; x < stride; x++) {
+            Taps taps{{}, 0, ci, g.size, g.size, size_t(g.unit(1, 0) - g.unit(0, 0)),
+                      size_t(stride) * size * ci, size_t(stride) * ci};
+            for (int ky = 0; ky < 3; ky++)
+                for (int kx = 0; kx < 3; kx++) {
+                    int dy = y + 1 - ky, dx = x + 1 - kx;
+                    if (dy % stride || dx % stride) continue;
+                    taps.tap[taps.count++] = {g.unit(1 + dy / stride, 1 + dx / stride),
+                                              &weights[size_t(3 * ky + kx) * UNITS * ci]};
+                }
+            add_taps<T, UNITS, 1>(taps, out + (size_t(y) * size + x) * ci);
+        }
+}
+
+// Maps as the weight's gradient reads them: a step takes one pixel in fp32, two in bf16, which lie
+// channel by channel beside each other in a unit.
+struct Steps {
+    const Unit *at;
+    size_t row_step, step;
+};
+
+inline void pair(const bf16 *a, const bf16 *b, int channels, Unit *out) {
+    for (int c = 0; c < channels; c += 16) {
+        Halves first, second;
+        memcpy(&first, a + c, sizeof first);
+        memcpy(&second, b + c, sizeof second);
+        Words both = __builtin_convertvector(first, Words) |
+                     (__builtin_convertvector(second, Words) << 16);
+        memcpy(out + c, &both, sizeof both);
+    }
+}
+
+// The pixels that the three taps of a row read: x[.., S j + kx].
+inline void steps_of(const Padded<float> &x, int stride, Buffer<Unit> *, Steps *steps) {
+    for (int kx = 0; kx < 3; kx++)
+        steps[kx] = {x.unit(0, kx), size_t(x.unit(1, 0) - x.unit(0, 0)),
+                     size_t(x.units()) * stride};
+}
+inline void steps_of(const Padded<bf16> &x, int stride, Buffer<Unit> *buffers, Steps *steps) {
+    int C = x.channels, pairs = x.size / stride / 2, rows = x.size + 2;
+    for (int kx = 0; kx < 3; kx++) {
+        if (stride == 1 && kx == 2) {  // those of the first tap, one step on
+            steps[2] = {steps[0].at + C, steps[0].row_step, size_t(C)};
+            continue;
+        }
+        int per_row = pairs + (stride == 1 && kx == 0);
+        Unit *packed = buffers[kx].of(size_t(rows) * per_row * C);
+        steps[kx] = {packed, size_t(per_row) * C, size_t(C)};
+        for (int i = 0; i < rows; i++) {
+            const bf16 *from = x.at + (size_t(i) * (x.size + 2) + kx) * C;
+            for (int j = 0; j < per_row; j++, packed += C)
+                pair(from + 2 * j * stride * C, from + (2 * j + 1) * stride * C, C, packed);
+        }
+    }
+}
+inline Steps steps_of(const Padded<float> &g, Buffer<Unit> &) {
+    return {g.unit(1, 1), size_t(g.unit(1, 0) - g.unit(0, 0)), size_t(g.units())};
+}
+inline Steps steps_of(Padded<bf16> &g, Buffer<Unit> &buffer) {
+    int C = g.channels, pairs = g.size / 2;
+    Unit *packed = buffer.of(size_t(g.size) * pairs * C);
+    Steps steps{packed, size_t(pairs) * C, size_t(C)};
+    for (int i = 0; i < g.size; i++)
+        for (int j = 0; j < pairs; j++, packed += C)
+            pair(g.row(i) + 2 * j * C, g.row(i) + (2 * j + 1) * C, C, packed);
+    return steps;
+}
+
+// weight_grad[co][ky][kx][ci] += sum over images, i, j of g[i, j, co] * x[S i + ky, S j + kx, ci].
+// 8 output channels times 3 taps times 16 input channels stay in registers.
+template <class T>
+void add_weight_gradient(const Steps (*x)[3], const Steps *g, int images, int ci, int co, int stride,
+                         int size, bool from_zero, float *weight_grad) {
+    constexpr int COS = 8;
+    const int count = size / PER_UNIT<T>;
+    for (int o = 0; o < co; o += COS)
+        for (int ky = 0; ky < 3; ky++)
+            for (int c = 0; c < ci; c += 16) {
+                Floats sums[COS][3] = {};
+                float *out = weight_grad + (size_t(o) * 9 + 3 * ky) * ci + c;
+                if (!from_zero)
+#pragma GCC unroll 8
+                    for (int k = 0; k < COS; k++)
+#pragma GCC unroll 3
+                        for (int kx = 0; kx < 3; kx++)
+                            sums[k][kx] = load(out + (size_t(k) * 9 + kx) * ci);
+                for (int row = 0; row < images * size; row++) {
+                    const int n = row / size, i = row % size;
+                    const Unit *gs = g[n].at + i * g[n].row_step + o, *xs[3];
+                    for (int kx = 0; kx < 3; kx++)
+                        xs[kx] = x[n][kx].at + (size_t(i) * stride + ky) * x[n][kx].row_step + c;
+                    for (int j = 0; j < count; j++) {
+                        Floats taps[3];
+                        for (int kx = 0; kx < 3; kx++)
+                            memcpy(&taps[kx], xs[kx] + j * x[n][0].step, 64);
+#pragma GCC unroll 8
+                        for (int k = 0; k < COS; k++)
+#pragma GCC unroll 3
+                            for (int kx = 0; kx < 3; kx++)
+                                sums[k][kx] = multiply_add<T>(sums[k][kx], taps[kx],
+                                                              gs[j * g[n].step + k]);
+                    }
+                }
+#pragma GCC unroll 8
+                for (int k = 0; k < COS; k++)
+#pragma GCC unroll 3
+                    for (int kx = 0; kx < 3; kx++)
+                        store(sums[k][kx], out + (size_t(k) * 9 + kx) * ci);
+            }
+}
+
+constexpr int FORWARD_SHARD = 4;  // images; smaller ones end more evenly
+template <int C> constexpr int BACKWARD_SHARD = C == 64 ? 8 : 4;  // each has weights to add up
+constexpr int AT_ONCE = 4;  // images of 8x8 whose products are added up before they are stored
+
+// y = convolution of x, and the sums of y as `statistics` has them.
+template <class T, int C>
+void convolution(const Layer &layer, const Piece &piece, int threads) {
+    const std::vector<Unit> weights = pack_weights<T>(layer.weight, layer.ci, C, false);
+    size_t stride = size_t(layer.groups) * C;
+    over_shards<C>(piece, FORWARD_SHARD, threads, layer.sums + piece.group * C, stride, [&] {
+        static thread_local Buffer<T> buffer;
+        return [&, padded = Padded<T>(buffer, layer.size, layer.ci)](int first, int count,
+                                                                     double *total) mutable {
+            for (int n = first; n < first + count; n++) {
+                padded.fill(layer.map<T>(layer.x, n, layer.x_size()));
+                prefetch<T>(layer, layer.x, n + 1, layer.x_size());
+                T *y = layer.map<T>(layer.y, n, layer.y_size());
+                BY_CHANNELS(layer.ci, {
+                    constexpr int UNITS = C_ / PER_UNIT<T>;
+                    if (layer.stride == 1) convolve<T, UNITS, 1>(padded, weights, C, y);
+                    else convolve<T, UNITS, 2>(padded, weights, C, y);
+                })
+                for (int64_t r = 0; r < layer.pixels; r += CHUNK)  // while it is in the cache
+                    add_statistics<T, C>(y + r * C, std::min(CHUNK, layer.pixels - r), total);
+            }
+        };
+    });
+}
+
+// The gradients of x and of the weights; that of y is found image by image and never written down.
+template <class T, int C, bool MASK>
+void convolution_back(const Layer &layer, const Piece &piece, int threads) {
+    const std::vector<Unit> weights = pack_weights<T>(layer.weight, layer.ci, C, true);
+    const Gradient<T, C, MASK> gradient(layer, piece.group);
+    const int size = layer.size / layer.stride;
+    const int at_once = std::max(1, std::min(AT_ONCE, AT_ONCE * 8 / size));
+    const int shards = (piece.count + BACKWARD_SHARD<C> - 1) / BACKWARD_SHARD<C>;
+    const size_t numbers = size_t(9) * layer.ci * C;
+    const std::unique_ptr<float[]> partial(new float[shards * numbers]);
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Buffer<T> buffer_x[AT_ONCE], buffer_g[AT_ONCE];
+        static thread_local Buffer<Unit> packed[AT_ONCE][4];
+        std::vector<Padded<T>> x, g;
+        for (int k = 0; k < at_once; k++) {
+            x.emplace_back(buffer_x[k], layer.size, layer.ci);
+            g.emplace_back(buffer_g[k], size, C);
+        }
+        Steps taps[AT_ONCE][3], steps[AT_ONCE];
+#pragma omp for schedule(dynamic, 1)
+        for (int s = 0; s < shards; s++) {
+            const int start = s * BACKWARD_SHARD<C>;
+            const int stop = std::min(start + BACKWARD_SHARD<C>, piece.count);
+            for (int first = start; first < stop; first += at_once) {
+                const int count = std::min(at_once, stop - first);
+                for (int k = 0; k < count; k++) {
+                    const int n = piece.first + first + k;
+                    for (int64_t i = 0; i < size; i++)
+                        gradient.write(n, i * size, (i + 1) * size, g[k].row(int(i)));
+                    prefetch<T>(layer, layer.x, n, layer.x_size());
+                    prefetch<T>(layer, layer.y, n + 1, layer.y_size());
+                    prefetch<T>(layer, gradient.of(), n + 1, layer.y_size());
+                    convolve_back<T, C / PER_UNIT<T>>(g[k], weights, layer.ci, layer.stride,
+                                                      layer.map<T>(layer.grad_x, n, layer.x_size()));
+                    x[k].fill(layer.map<T>(layer.x, n, layer.x_size()));
+                    steps_of(x[k], layer.stride, packed[k], taps[k]);
+                    steps[k] = steps_of(g[k], packed[k][3]);
+                }
+                add_weight_gradient<T>(taps, steps, count, layer.ci, C, layer.stride, size,
+                                       first == start, &partial[s * numbers]);
+            }
+        }
+#pragma omp for schedule(static)
+        for (size_t block = 0; block < numbers; block += 16 * C) {  // 9 ci C is a multiple
+            Pixel<16 * C> total{};
+            if (piece.first) total = Pixel<16 * C>(layer.weight_grad + block);  // earlier groups'
+            for (int s = 0; s < shards; s++)
+                for (int v = 0; v < C; v++)
+                    total.part[v] += load(&partial[s * numbers + block + 16 * v]);
+            for (int v = 0; v < C; v++) store(total.part[v], layer.weight_grad + block + 16 * v);
+        }
+    }
+}
+
+template <class T, int C>
+void forward_sums(const Layer &layer, int threads) {
+    for (const Piece &piece : pieces(layer))
+        if (layer.convolves) convolution<T, C>(layer, piece, threads);
+        else statistics<T, C>(layer, piece, threads);
+}
+
+template <class T, int C>
+void forward_rest(const Layer &layer, int threads) {
+    finish_statistics(layer);
+    for (const Piece &piece : pieces(layer))
+        if (layer.residual) apply<T, C, true>(layer, piece, threads);
+        else apply<T, C, false>(layer, piece, threads);
+}
+
+template <class T, int C>
+void backward_sums(const Layer &layer, int threads) {
+    for (const Piece &piece : pieces(layer))
+        if (layer.residual && layer.grad2) grad_statistics<T, C, true, true>(layer, piece, threads);
+        else if (layer.residual) grad_statistics<T, C, true, false>(layer, piece, threads);
+        else if (layer.grad2) grad_statistics<T, C, false, true>(layer, piece, threads);
+        else grad_statistics<T, C, false, false>(layer, piece, threads);
+    parameter_gradients(layer);
+}
+
+template <class T, int C, bool MASK>
+void backward_rest(const Layer &layer, int threads) {
+    for (const Piece &piece : pieces(layer))
+        if (layer.convolves) convolution_back<T, C, MASK>(layer, piece, threads);
+        else grad_apply<T, C, MASK>(layer, piece, threads);
+}
+
+}  // namespace
+
+// Forward and backward are each in two parts, between which processes add up their sums.
+#define FOR_TYPE(T, NAME)                                                           \
+    void forward_sums_##NAME(const Layer *layer, int threads) {                     \
+        BY_CHANNELS(layer->co, (forward_sums<T, C_>(*layer, threads)))              \
+    }                                                                               \
+    void forward_rest_##NAME(const Layer *layer, int threads) {                     \
+        BY_CHANNELS(layer->co, (forward_rest<T, C_>(*layer, threads)))              \
+    }                                                                               \
+    void backward_sums_##NAME(const Layer *layer, int threads) {                    \
+        BY_CHANNELS(layer->co, (backward_sums<T, C_>(*layer, threads)))             \
+    }                                                                               \
+    void backward_rest_##NAME(const Layer *layer, int threads) {                    \
+        BY_CHANNELS(layer->co, {                                                    \
+            if (layer->masked) backward_rest<T, C_, false>(*layer, threads);        \
+            else backward_rest<T, C_, true>(*layer, threads);                       \
+        })                                                                          \
+    }
+
+extern "C" {
+FOR_TYPE(float, fp32)
+FOR_TYPE(bf16, bf16)
+
+// Whether the convolutions are worth it: with 16 sums a register, and products of bf16.
+int has_convolutions_fp32() {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}
+int has_convolutions_bf16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+}
