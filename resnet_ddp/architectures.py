@@ -42,3 +42,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     **{f"resnet{depth}-b": Architecture(depth, "B") for depth in RESIDUAL_DEPTHS},
     **{f"resnet{depth}-maxpool": Architecture(depth, "maxpool") for depth in RESIDUAL_DEPTHS},
 }
+
+PAPER_MODELS = ("resnet20", "resnet56", "resnet110", "plain20", "plain56")  # the grid's

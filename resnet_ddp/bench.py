@@ -34,7 +34,6 @@ from resnet_ddp.experiment import build_experiment
 from resnet_ddp.models import build_model
 from resnet_ddp.recipe import HE2015
 
-GRID = ("resnet20", "resnet56", "resnet110", "plain20", "plain56")
 TRAIN_CHECK = (150, 200)  # iterations whose mean losses are compared
 TRAIN_TOLERANCE = 0.05
 WARM_UP = 3  # steps after the first, before timing

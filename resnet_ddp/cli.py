@@ -1,4 +1,4 @@
-"""The command line: `resnet-ddp prepare | train | bench | audit`, and `train.py` behind a launcher.
+"""The command line: `resnet-ddp`, and `train.py`, its `train` behind a launcher.
 
 A wrong command line, missing data and a run that is done are answered before torch is imported.
 """
@@ -10,19 +10,24 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resnet_ddp import __version__, datasets, durable
-from resnet_ddp.architectures import ARCHITECTURES
+from resnet_ddp.architectures import ARCHITECTURES, PAPER_MODELS
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
-from resnet_ddp.launcher import is_alone, is_main_process, launch
+from resnet_ddp.grid.cells import Grid, read_models, read_seeds
+from resnet_ddp.launcher import end_with_launcher, is_alone, is_main_process, launch
 from resnet_ddp.limits import MAX_THREADS
 from resnet_ddp.options import (
     DEVICES,
     MAX_PROCESSES,
+    GridOptions,
+    GridRunOptions,
+    GridStatusOptions,
     LocalTrainOptions,
     Parser,
     TrainOptions,
@@ -32,9 +37,10 @@ from resnet_ddp.options import (
     read_options,
 )
 from resnet_ddp.recipe import RECIPES
-from resnet_ddp.runs import Cell, RunDirectory, shown
+from resnet_ddp.runs import Cell, RunDirectory, check_grid_name, shown
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
+NAMED_DATA = ("shapes", "cifar10", "cifar100")
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `resnet-ddp` and return its exit code."""
     parser = Parser(prog="resnet-ddp", description=sys.modules["resnet_ddp"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    add_commands(
+        parser,
+        {
+            "prepare": (PrepareOptions, prepare),
+            "train": (LocalTrainOptions, train_locally),
+            "grid": {
+                "run": (GridRunOptions, grid_run),
+                "status": (GridStatusOptions, grid_status),
+            },
+            "bench": (BenchOptions, bench),
+            "audit": (AuditOptions, audit),
+        },
+    )
+    return _run(parser, argv)
+
+
+def add_commands(parser: argparse.ArgumentParser, table: Mapping[str, Any]) -> None:
+    """Add commands, each with its options and its function, and groups of commands."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for name, options, run in (
-        ("prepare", PrepareOptions, prepare),
-        ("train", LocalTrainOptions, train_locally),
-        ("bench", BenchOptions, bench),
-        ("audit", AuditOptions, audit),
-    ):
+    for name, entry in table.items():
+        if isinstance(entry, Mapping):
+            help_line = f"{', '.join(entry)}: many runs"
+            add_commands(commands.add_parser(name, help=help_line), entry)
+            continue
+        options, run = entry
         help_line = (options.__doc__ or "").strip()
         command = commands.add_parser(name, help=help_line, description=help_line)
         add_options(command, options)
         command.set_defaults(function=run, options=options)
-    return _run(parser, argv)
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -158,6 +181,7 @@ def prepare(options: PrepareOptions) -> ExitCode:
 
 def train(options: TrainOptions) -> ExitCode:
     """Train one run, unless it is done."""
+    end_with_launcher()
     data_directory, directory = find_run(options)
     # Of several processes, one must not leave for a result that the others came too early to see.
     if not is_alone() or directory.result() is None:
@@ -173,6 +197,7 @@ def train(options: TrainOptions) -> ExitCode:
 
 def train_locally(options: LocalTrainOptions) -> int:
     """Train one run in this process, or in several of this machine."""
+    end_with_launcher()
     is_launched = "RANK" in os.environ
     if options.processes == 1 or is_launched or find_run(options)[1].result() is not None:
         return train(options)
@@ -192,6 +217,32 @@ def find_run(options: TrainOptions) -> tuple[Path, RunDirectory]:
     return data_directory, directory
 
 
+def grid_run(options: GridRunOptions) -> ExitCode:
+    """Train the runs of a grid."""
+    from resnet_ddp.grid import local
+
+    return local.run(options, find_grid(options), prepare=lambda: find_data(options.data))
+
+
+def grid_status(options: GridStatusOptions) -> ExitCode:
+    """Show the runs of a grid."""
+    from resnet_ddp.grid import local
+
+    return local.show(find_grid(options), watch=options.watch, as_json_=options.json)
+
+
+def find_grid(options: GridOptions) -> Grid:
+    """Return the grid that the options name; data with a name need not be there for it."""
+    models, seeds = read_models(options.models), read_seeds(options.seeds)
+    name = options.grid
+    if name is None:
+        has_name = options.data in NAMED_DATA
+        data_name = options.data if has_name else datasets.read_record(Path(options.data)).name
+        name = f"{data_name}-{options.recipe}"
+    check_grid_name(name)
+    return Grid(Path(options.runs), name, models, seeds, RECIPES[options.recipe])
+
+
 def bench(options: BenchOptions) -> ExitCode:
     """Measure and print."""
     directory = find_data(options.data)
@@ -202,7 +253,7 @@ def bench(options: BenchOptions) -> ExitCode:
     can_compile = machine.missing_for_compile(device) is None
     compile = not options.quick and can_compile if options.compile is None else options.compile
     setting = bench.Setting(
-        models=(options.model,) if options.model else bench.GRID[: 1 if options.quick else None],
+        models=(options.model,) if options.model else PAPER_MODELS[: 1 if options.quick else None],
         data=data,
         device=device,
         compile=machine.settle_compile(device, compile),
@@ -248,7 +299,7 @@ def audit(options: AuditOptions) -> int:
 
 def find_data(data: str) -> Path:
     """Return the prepared directory behind `--data`; what has a name is prepared on first use."""
-    if data not in ("shapes", "cifar10", "cifar100"):
+    if data not in NAMED_DATA:
         return Path(data)
     directory = DATA_ROOT / data
     if datasets.is_prepared(directory):

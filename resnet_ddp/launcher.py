@@ -7,6 +7,7 @@ that no two launches can collide.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -21,6 +22,24 @@ from resnet_ddp.stop import SIGNALS
 GRACE = 20.0  # seconds between the end of the first process and the end of patience with the others
 POLL = 0.1  # seconds
 LAUNCHER_VARIABLE = "RESNET_DDP_LAUNCHER"  # its process number, for the processes it starts
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)  # by one of these
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """Have the kernel ask this process to stop when its launcher dies (Linux).
+
+    Only behind a launcher or a grid: what a person started from a shell may outlive the shell.
+    """
+    launched = any(name in os.environ for name in LAUNCHED)
+    if not launched or not sys.platform.startswith("linux"):
+        return
+    # Ours says who it is: it may have died while this process was starting.
+    parent = int(os.environ.get(LAUNCHER_VARIABLE, os.getppid()))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_main_process() -> bool:

@@ -31,6 +31,7 @@ LEASE = "lease.json"
 BEAT = 10.0  # seconds between two renewals
 STANDSTILL = 60.0  # seconds
 POLL = 1.0  # seconds
+ATTEMPTS, PAUSE = 3, 0.02  # to lock, and seconds between
 
 
 def nobody_else() -> None:
@@ -111,13 +112,16 @@ class Lease:
     def _flock(self) -> bool:
         """Lock, and say whether this file system can."""
         assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._is_taken() from None
-        except OSError:
-            return False  # the lease alone has to do
-        return True
+        for attempt in range(ATTEMPTS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if attempt + 1 < ATTEMPTS:
+                    time.sleep(PAUSE)  # an observer lets it go at once
+            except OSError:
+                return False  # the lease alone has to do
+        raise self._is_taken() from None
 
     def _take(self, *, has_flock: bool) -> None:
         there = self._content()
@@ -208,6 +212,64 @@ class Lease:
 
     def _is_taken(self) -> TemporaryError:
         return TemporaryError(f"{self.directory}: another process is training this run")
+
+
+class Observer:
+    """Tells who holds directories, without writing there.
+
+    A holder on another host counts as alive while its beat moves, by this process's own monotonic
+    clock; the first time, while the beat is no older than STANDSTILL by the clocks of both hosts.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # content, and since when
+
+    def holder(self, directory: Path) -> str | None:
+        """Return "host, process N" of who holds the directory, None if nobody does."""
+        path = directory / LEASE
+        try:
+            content = path.read_bytes()
+            age = time.time() - path.stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            self._seen.pop(directory, None)
+            return None
+        now = time.monotonic()
+        before = self._seen.get(directory)
+        if before is None:
+            self._seen[directory] = (content, now - min(max(age, 0.0), STANDSTILL))
+        elif before[0] != content:
+            self._seen[directory] = (content, now)
+        is_held = None
+        if _kernel_in(content) == kernel():
+            is_held = _is_locked(directory / "lock")
+        if is_held is None:
+            is_held = now - self._seen[directory][1] < STANDSTILL
+        return _name_of(content) if is_held else None
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Say whether a process of this kernel has the lock, None if that cannot be told."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def _name_of(content: bytes) -> str:
+    try:
+        facts = json.loads(content)
+        return f"{facts['host']}, process {facts['pid']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "an unknown process"
 
 
 def kernel() -> str:

@@ -17,6 +17,7 @@ import accelerate
 import torch
 
 from resnet_ddp import __version__
+from resnet_ddp.cores import physical_cores
 from resnet_ddp.exits import UserError
 
 
@@ -124,19 +125,7 @@ def inexact_arithmetic_allowed() -> Iterator[None]:
 
 def pick_threads() -> int:
     """Return this process's share of the cores: physical cores, divided by the local ranks."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: respects taskset and Slurm
-    cores = sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
-    physical = {_siblings(core) for core in cores}
-    return max(1, len(physical) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _siblings(core: int) -> str:
-    """Return a name that the hardware threads of one physical core share."""
-    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
-    try:
-        return path.read_text()
-    except OSError:
-        return str(core)
+    return max(1, len(physical_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def describe(device: str) -> dict[str, Any]:

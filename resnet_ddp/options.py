@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, NoReturn, TypeVar
 
-from resnet_ddp.architectures import ARCHITECTURES
+from resnet_ddp.architectures import ARCHITECTURES, PAPER_MODELS
 from resnet_ddp.exits import ExitCode
 from resnet_ddp.limits import MAX_INTEGER, MAX_THREADS, PRECISIONS
 from resnet_ddp.recipe import HE2015, RECIPES
@@ -114,6 +114,52 @@ class LocalTrainOptions(TrainOptions):
         metavar="W",
         help="processes on this machine that share each batch",
     )
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What a grid is; the defaults are the paper's."""
+
+    models: str = option(
+        ",".join(PAPER_MODELS), metavar="LIST", help="resnet20,plain20; default: the paper's five"
+    )
+    seeds: str = option("0-4", metavar="LIST", help="0-4, or 0,2,7-9")
+    recipe: str = option("he2015", metavar="NAME", choices=RECIPES, help="as for train")
+    data: str = option("cifar10", metavar="DIR", help="as for train")
+    runs: str = option("runs", metavar="DIR", help="where run directories lie")
+    grid: str | None = option(None, metavar="NAME", help="group of runs; default <data>-<recipe>")
+
+
+@dataclass(frozen=True)
+class GridRunOptions(GridOptions):
+    """Train all runs of a grid on this machine, or go on with those that are not done."""
+
+    devices: str = option(
+        "auto", metavar="LIST", help="cuda, or cuda:0,cuda:2, mps, cpu; default: all GPUs, else cpu"
+    )
+    runs_per_device: int | None = option(
+        None, minimum=1, metavar="K", help="runs at a time on each GPU, or on the CPU"
+    )
+    processes_per_run: int = option(
+        1, minimum=1, maximum=MAX_PROCESSES, metavar="P", help="processes that share each run"
+    )
+    precision: str | None = option(None, choices=PRECISIONS, help="as for train")
+    compile: bool | None = option(None, help="as for train")
+    log_every: int | None = option(None, minimum=1, metavar="N", help="as for train")
+    eval_every: int | None = option(None, minimum=1, metavar="N", help="as for train")
+    save_every: int | None = option(None, minimum=1, metavar="N", help="as for train")
+    max_minutes: float | None = option(
+        None, minimum=0, metavar="M", help="have all runs save and stop in time to be gone then"
+    )
+    dry_run: bool = option(False, help="show the plan, start nothing")
+
+
+@dataclass(frozen=True)
+class GridStatusOptions(GridOptions):
+    """Show how all runs of a grid stand, from their directories alone."""
+
+    watch: bool = option(False, help="again and again, until Ctrl-C")
+    json: bool = option(False, help="print JSON instead of a picture")
 
 
 class Parser(argparse.ArgumentParser):

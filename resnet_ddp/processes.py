@@ -8,10 +8,7 @@ differ between processes is agreed on before it is acted on.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,7 +27,7 @@ from torch import Tensor
 
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, TemporaryError, UserError
-from resnet_ddp.launcher import LAUNCHER_VARIABLE
+from resnet_ddp.launcher import LAUNCH_VARIABLES
 from resnet_ddp.recipe import HE2015
 
 Value = TypeVar("Value")
@@ -39,24 +36,6 @@ Network = Callable[..., Any]  # a module, compiled and wrapped or not
 TIMEOUT_VARIABLE = "RESNET_DDP_TIMEOUT"
 FIRST_STEP_TIMEOUT = 1800.0  # seconds; compilation may take long
 ROLL_CALL = 5.0  # seconds for the survivors of a lost process to report
-
-PR_SET_PDEATHSIG = 1
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def end_with_launcher() -> None:
-    """Have the kernel ask this process to stop when its launcher dies (Linux).
-
-    Only behind a launcher: a run that a person started from a shell may outlive the shell.
-    """
-    launched = any(name in os.environ for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
-    if not launched or not sys.platform.startswith("linux"):
-        return
-    # Ours says who it is: it may have died while this process was starting.
-    parent = int(os.environ.get(LAUNCHER_VARIABLE, os.getppid()))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def patience() -> float:

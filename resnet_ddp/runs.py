@@ -8,6 +8,7 @@ RUNS/GRID/MODEL/seedN/
     status.json       how the last life ended
     stop              made by whoever wants the run to save and end
     lock, lease.json  who is training it (lease.py)
+    log.txt           what it printed, if a grid ran it
     model.safetensors, result.json      written last: done
 """
 
@@ -27,6 +28,7 @@ from resnet_ddp.lease import Lease
 from resnet_ddp.limits import MAX_INTEGER, MAX_THREADS, PRECISIONS
 from resnet_ddp.recipe import Recipe
 
+LOG = "log.txt"  # what a grid's run printed, life after life
 # What a run is: a directory that holds another is never touched.
 IDENTITY = ("model", "seed", "recipe", "recipe_hash", "data_sha256")
 
@@ -46,11 +48,7 @@ class Cell:
     data: DataRecord
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w+-][\w.+ -]{0,199}", self.grid):
-            raise UserError(
-                f"a grid cannot be called {self.grid!a}: choose letters, digits, '.', '_' and '-' "
-                "with --grid"
-            )
+        check_grid_name(self.grid)
 
     def identity(self) -> dict[str, Any]:
         """Return what every record of the run says of it."""
@@ -78,12 +76,30 @@ class Settings:
     eval_every: int
 
 
+def check_grid_name(name: str) -> None:
+    """Refuse what no directory could be called everywhere.
+
+    Raises:
+        UserError: the name is of that kind.
+    """
+    if not re.fullmatch(r"[\w+-][\w.+ -]{0,199}", name):
+        raise UserError(
+            f"a grid cannot be called {name!a}: choose letters, digits, '.', '_' and '-' "
+            "with --grid"
+        )
+
+
+def run_path(runs: Path, grid: str, model: str, seed: int) -> Path:
+    """Return where a run lies."""
+    return runs / grid / model / f"seed{seed}"
+
+
 class RunDirectory:
     """The paths and the small JSON files of one run."""
 
     def __init__(self, runs: Path, cell: Cell) -> None:
         self.cell = cell
-        self.path = runs / cell.grid / cell.model / f"seed{cell.seed}"
+        self.path = run_path(runs, cell.grid, cell.model, cell.seed)
         self.lease = Lease(self.path)
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"

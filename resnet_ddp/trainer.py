@@ -56,7 +56,6 @@ def train(
         NotFiniteError: the loss was not finite.
         TemporaryError: no space, another process is training this run, or one of its was lost.
     """
-    processes.end_with_launcher()
     stop = stop_request(options, directory)
     device = machine.pick_device(options.device)
     state = processes.join(device)

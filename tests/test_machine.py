@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_ddp import __version__, machine
+from resnet_ddp import __version__, cores, machine
 from resnet_ddp.cli import main
 from resnet_ddp.exits import UserError
 
@@ -49,8 +49,8 @@ def test_bf16_where_a_gpu_has_it(
 def test_threads_are_physical_cores_shared_by_local_ranks(
     monkeypatch: pytest.MonkeyPatch, ranks: str, expected: int
 ) -> None:
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "_siblings", lambda core: str(core // 2))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(cores, "_siblings", lambda core: str(core // 2))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     assert machine.pick_threads() == expected
 

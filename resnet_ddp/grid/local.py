@@ -1,0 +1,150 @@
+"""`resnet-ddp grid run` and `grid status` on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from resnet_ddp.exits import ExitCode
+from resnet_ddp.grid.cells import Grid, GridCell, longest_first
+from resnet_ddp.grid.display import make_display
+from resnet_ddp.grid.picture import as_json, duration, picture, summary
+from resnet_ddp.grid.slots import Slot, find_slots
+from resnet_ddp.grid.states import State, States, read_state, seconds_left
+from resnet_ddp.grid.supervisor import Supervisor
+from resnet_ddp.lease import Observer
+from resnet_ddp.options import GridRunOptions, LocalTrainOptions, as_arguments
+from resnet_ddp.stop import Deadline, StopRequest, slurm_deadline
+
+WATCH_INTERVAL = 2.0  # seconds
+
+
+def run(options: GridRunOptions, grid: Grid, *, prepare: Callable[[], object]) -> ExitCode:
+    """Train what is not done.
+
+    Args:
+        prepare: makes sure of the data, before many runs look for it.
+
+    Returns:
+        DONE, FAILED if a run was given up, or STOPPED if some were saved before their end.
+
+    Raises:
+        UserError: the machine lacks what was asked for.
+    """
+    states = read_states(grid, Observer())
+    open_cells = [cell for cell in grid.cells if states[cell].state is not State.DONE]
+    where = grid.runs / grid.name
+    if not open_cells and not options.dry_run:
+        print(f"done: all {len(grid.cells)} runs of {where}")
+        return ExitCode.DONE
+    slots = find_slots(
+        options.devices,
+        num_runs=len(open_cells),
+        runs_per_device=options.runs_per_device,
+        processes_per_run=options.processes_per_run,
+    )
+    if options.dry_run:
+        print(plan(grid, states, slots))
+        return ExitCode.DONE
+    prepare()
+    deadlines = [slurm_deadline()]
+    if options.max_minutes is not None:
+        deadlines.append(Deadline("--max-minutes", 60 * options.max_minutes))
+    stop = StopRequest(None, *(one for one in deadlines if one is not None))
+    began = time.monotonic()
+
+    def command(cell: GridCell, slot: Slot) -> Sequence[str]:
+        minutes = options.max_minutes
+        if minutes is not None:
+            minutes = max(0.0, minutes - (time.monotonic() - began) / 60)
+        return ["train", *as_arguments(train_options(options, grid, cell, slot, minutes))]
+
+    with contextlib.closing(make_display()) as display, stop.listening():
+        supervisor = Supervisor(grid, slots, command, display, stop)
+        code = supervisor.run()
+    states = supervisor.states
+    if code is ExitCode.DONE:
+        print(f"done: all {len(grid.cells)} runs of {where}")
+        return code
+    Console(soft_wrap=True).print(picture(grid, states))
+    if code is ExitCode.STOPPED:
+        reason = stop.reason or next(iter(supervisor.put_aside.values()))
+        print(f"stopped by {reason}, every run is saved; the same command goes on")
+    else:
+        print(f"{len(supervisor.given_up)} failed; mend that, and the same command goes on")
+    return code
+
+
+def train_options(
+    options: GridRunOptions, grid: Grid, cell: GridCell, slot: Slot, minutes: float | None
+) -> LocalTrainOptions:
+    """Return what one run is started with."""
+    # What is settled at a run's first start is kept: another share of the cores would be refused.
+    is_new = not (grid.path(cell) / "config.json").exists()
+    return LocalTrainOptions(
+        model=cell.model,
+        seed=cell.seed,
+        data=options.data,
+        recipe=grid.recipe.name,
+        runs=str(grid.runs),
+        grid=grid.name,
+        precision=options.precision,
+        device=slot.device,
+        compile=options.compile,
+        threads=slot.threads if is_new else None,
+        log_every=options.log_every,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        max_minutes=minutes,
+        processes=options.processes_per_run,
+    )
+
+
+def plan(grid: Grid, states: States, slots: Sequence[Slot]) -> str:
+    """Say what would be trained, where, in which order, and when all would be done."""
+    waiting = [
+        cell
+        for cell in longest_first(grid.cells)
+        if states[cell].state not in (State.DONE, State.RUNNING)
+    ]
+    total = grid.recipe.iterations
+    threads = "threads" if any(slot.threads > 1 for slot in slots) else "thread"
+    lines = [
+        f"{grid.runs / grid.name}, {grid.recipe.name}: {summary(states)}",
+        f"{len(slots)} at a time: {', '.join(slot.name for slot in slots)}, "
+        f"{max(slot.threads for slot in slots)} {threads} a process",
+        *(
+            f"{place:>3}. {cell.name:<18} from {states[cell].iteration:,}/{total:,}"
+            for place, cell in enumerate(waiting, 1)
+        ),
+    ]
+    left = seconds_left(grid, states, waiting, len(slots))
+    if left is None:
+        lines.append("estimated time: unknown, no run of this grid has been measured yet")
+    else:
+        lines.append(f"estimated time: {duration(left)}, from what was measured so far")
+    return "\n".join(lines)
+
+
+def show(grid: Grid, *, watch: bool, as_json_: bool) -> ExitCode:
+    """Print how all runs stand, once or until interrupted."""
+    observer, console = Observer(), Console(soft_wrap=True)
+    while True:
+        states = read_states(grid, observer)
+        if as_json_:
+            print(as_json(grid, states), flush=True)
+        else:
+            if watch and console.is_terminal:
+                console.clear()
+            console.print(picture(grid, states))
+        if not watch or all(state.state is State.DONE for state in states.values()):
+            return ExitCode.DONE
+        time.sleep(WATCH_INTERVAL)
+
+
+def read_states(grid: Grid, observer: Observer) -> States:
+    """Return how all runs stand."""
+    return {cell: read_state(grid.path(cell), grid.recipe, observer) for cell in grid.cells}
