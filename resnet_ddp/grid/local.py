@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -42,7 +43,8 @@ def run(options: GridRunOptions, grid: Grid, *, prepare: Callable[[], object]) -
         return ExitCode.DONE
     slots = find_slots(
         options.devices,
-        num_runs=len(open_cells),
+        # All of them: threads, and so bits, must not depend on how many are left by now.
+        num_runs=len(grid.cells),
         runs_per_device=options.runs_per_device,
         processes_per_run=options.processes_per_run,
     )
@@ -60,7 +62,8 @@ def run(options: GridRunOptions, grid: Grid, *, prepare: Callable[[], object]) -
         minutes = options.max_minutes
         if minutes is not None:
             minutes = max(0.0, minutes - (time.monotonic() - began) / 60)
-        return ["train", *as_arguments(train_options(options, grid, cell, slot, minutes))]
+        arguments = as_arguments(train_options(options, grid, cell, slot, minutes))
+        return [sys.executable, "-m", "resnet_ddp", "train", *arguments]
 
     with contextlib.closing(make_display()) as display, stop.listening():
         supervisor = Supervisor(grid, slots, command, display, stop)

@@ -61,9 +61,9 @@ def read_state(path: Path, recipe: Recipe, observer: Observer) -> RunState:
     """Return how the run in a directory stands; what is damaged has failed, and says so."""
     try:
         result = read_object(path / "result.json")
-        if result is not None:
-            return _done(path, result, recipe)
         iteration, speed = _last_timing(path / "timing.jsonl")
+        if result is not None:
+            return _done(path, result, recipe, speed)
         holder = observer.holder(path)
         if holder is not None:
             left = max(0, recipe.iterations - iteration) * recipe.batch_size
@@ -85,6 +85,9 @@ def seconds_left(
         waiting: in the order in which they are taken.
         slots: how many are trained at a time.
     """
+    running_cells = [cell for cell in states if states[cell].state is State.RUNNING]
+    if not waiting and not running_cells:
+        return 0.0
     # Every run's speed tells what an iteration of cost 1 takes.
     paces = sorted(
         grid.recipe.batch_size / (state.images_per_second * cell.cost)
@@ -101,7 +104,7 @@ def seconds_left(
             return state.seconds_left
         return (grid.recipe.iterations - state.iteration) * cell.cost * pace
 
-    running = [left(cell) for cell in states if states[cell].state is State.RUNNING]
+    running = [left(cell) for cell in running_cells]
     slots = max(1, slots, len(running))
     return makespan(running, [left(cell) for cell in waiting], slots)
 
@@ -113,14 +116,14 @@ def saved_iteration(path: Path) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
-def _done(path: Path, result: dict[str, Any], recipe: Recipe) -> RunState:
+def _done(path: Path, result: dict[str, Any], recipe: Recipe, speed: float | None) -> RunState:
     if result.get("recipe_hash") != recipe.hash:
         other = shown(result.get("recipe"))
         return RunState(State.FAILED, reason=f"{path} holds a run of another recipe ({other})")
     rate = result.get("test_error_rate")
     if not isinstance(rate, float) or not 0 <= rate <= 1:
         return RunState(State.FAILED, reason=f"{path / 'result.json'} is damaged (test_error_rate)")
-    return RunState(State.DONE, recipe.iterations, test_error_rate=rate)
+    return RunState(State.DONE, recipe.iterations, speed, test_error_rate=rate)
 
 
 def _at_rest(status: dict[str, Any] | None, iteration: int, speed: float | None) -> RunState:

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Supervisor:
     """Trains all cells of a grid.
 
     Args:
-        command: returns the arguments of `python -m resnet_ddp` for a run in a slot.
+        command: returns that which trains a run in a slot.
         stop: whether something asks to stop; looked at several times a second.
     """
 
@@ -132,12 +131,12 @@ class Supervisor:
 
     def _start(self, cell: GridCell, slot: Slot) -> bool:
         path = self.grid.path(cell)
-        arguments = [sys.executable, "-m", "resnet_ddp", *self.command(cell, slot)]
+        arguments = self.command(cell, slot)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with (path / LOG).open("ab") as log, _keeping_to(slot.cores):
                 moment = datetime.now().astimezone().isoformat(timespec="seconds")
-                line = f"--- {moment} {platform.node()}, {slot.name}: {' '.join(arguments[1:])}\n"
+                line = f"--- {moment} {platform.node()}, {slot.name}: {' '.join(arguments)}\n"
                 log.write(line.encode(errors="replace"))
                 log.flush()
                 process = subprocess.Popen(
