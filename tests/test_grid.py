@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -529,28 +530,20 @@ OUTCOME = ("model.safetensors", "metrics.jsonl", "result.json")
 class Workplace:
     """Starts `grid run` on a small grid of real runs, and finds the processes that it has."""
 
-    def __init__(self, directory: Path, data: Path) -> None:
+    def __init__(self, directory: Path, data: Path, *, last_seed: int = 1) -> None:
         self.runs = directory / "runs"
-        self.grid = Grid(self.runs, "g", ("resnet20", "plain20"), (0, 1), RECIPE)
+        seeds = tuple(range(last_seed + 1))
+        self.grid = Grid(self.runs, "g", ("resnet20", "plain20"), seeds, RECIPE)
+        self.which = ["--models", "resnet20,plain20", "--seeds", f"0-{last_seed}"]
         write(directory / "short" / "sitecustomize.py", SHORT)
         self.variables = environment(directory, PYTHONPATH=str(directory / "short"))
         self.options = ["--data", str(data), "--recipe", "short", "--runs", str(self.runs)]
 
     def start(self, *more: str) -> subprocess.Popen[str]:
-        which = ["--models", "resnet20,plain20", "--seeds", "0-1", "--devices", "cpu"]
+        command = [sys.executable, "-m", "resnet_ddp", "grid", "run", "--devices", "cpu"]
         often = ["--grid", "g", "--log-every", "1", "--eval-every", "6", "--save-every", "1"]
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "resnet_ddp",
-                "grid",
-                "run",
-                *which,
-                *self.options,
-                *often,
-                *more,
-            ],
+            [*command, *self.which, *self.options, *often, *more],
             env=self.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -594,8 +587,8 @@ def workplace(tmp_path: Path, small_data: Path) -> Workplace:
     return Workplace(tmp_path, small_data)
 
 
-def undisturbed(directory: Path, data: Path) -> dict[str, bytes]:
-    other = Workplace(directory, data)
+def undisturbed(directory: Path, data: Path, *, last_seed: int = 1) -> dict[str, bytes]:
+    other = Workplace(directory, data, last_seed=last_seed)
     process = other.start()
     out, _ = process.communicate()
     assert process.returncode == 0, out
@@ -635,11 +628,8 @@ def test_nothing_is_left_of_runs_of_two_processes_when_the_launcher_is_killed(
 
 
 @pytest.mark.slow
-def test_killed_at_random_until_all_is_done(
-    workplace: Workplace, tmp_path: Path, small_data: Path
-) -> None:
-    import random
-
+def test_killed_at_random_until_all_is_done(tmp_path: Path, small_data: Path) -> None:
+    workplace = Workplace(tmp_path, small_data, last_seed=4)
     draw = random.Random(0)
     kills = {"run": 0, "grid": 0}
     process = workplace.start()
@@ -657,5 +647,6 @@ def test_killed_at_random_until_all_is_done(
             process = workplace.start()
     out, _ = process.communicate()
     assert process.returncode == 0, out
-    assert kills["run"] > 2 and kills["grid"] > 2, kills
-    assert workplace.outcomes() == undisturbed(tmp_path / "other", small_data)
+    print(kills)
+    assert kills["run"] > 5 and kills["grid"] > 5, kills
+    assert workplace.outcomes() == undisturbed(tmp_path / "other", small_data, last_seed=4)
