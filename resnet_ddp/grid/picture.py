@@ -24,7 +24,8 @@ STYLES = {
 
 def picture(grid: Grid, states: States, note: str = "") -> Group:
     """Return the whole: a cell a run, then who is running, then what went wrong."""
-    table = Table(title=f"{grid.name}, {grid.recipe.name}", title_justify="left")
+    title = Text(f"{grid.runs / grid.name}, {grid.recipe.name}")
+    table = Table()
     table.add_column("")
     for seed in grid.seeds:
         table.add_column(f"seed {seed}", justify="right", no_wrap=True)
@@ -32,7 +33,7 @@ def picture(grid: Grid, states: States, note: str = "") -> Group:
         states_here = [states[GridCell(model, seed)] for seed in grid.seeds]
         table.add_row(model, *(_in_short(state, grid) for state in states_here))
     lines = [Text(line) for line in [*running_lines(grid, states), *troubles(states)]]
-    return Group(table, *lines, Text(f"{summary(states)}{note and '; '}{note}"))
+    return Group(title, table, *lines, Text(f"{summary(states)}{note and '; '}{note}"))
 
 
 def _in_short(state: RunState, grid: Grid) -> Text:
