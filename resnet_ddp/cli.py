@@ -61,6 +61,18 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """Write the paper's table and its Fig. 6 from what was trained so far."""
+
+    directory: str = option(metavar="RUNS", help="a directory of runs, of grids, or one run")
+    out: str = option("report", metavar="DIR", help="the directory to write to")
+    models: str = option(
+        ",".join(PAPER_MODELS), metavar="LIST", help="that there should be; default: the paper's"
+    )
+    seeds: str = option("0-4", metavar="LIST", help="that there should be: 0-4, or 0,2,7-9")
+
+
+@dataclass(frozen=True)
 class BenchOptions:
     """Measure our speed side by side with a stock loop: all five networks, or one."""
 
@@ -113,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "run": (GridRunOptions, grid_run),
                 "status": (GridStatusOptions, grid_status),
             },
+            "report": (ReportOptions, report),
             "bench": (BenchOptions, bench),
             "audit": (AuditOptions, audit),
         },
@@ -231,6 +244,16 @@ def grid_status(options: GridStatusOptions) -> ExitCode:
     return local.show(find_grid(options), watch=options.watch, as_json_=options.json)
 
 
+def report(options: ReportOptions) -> ExitCode:
+    """Write the report and print its table."""
+    from resnet_ddp.report.write import write
+
+    models, seeds = read_models(options.models), read_seeds(options.seeds)
+    code = write(Path(options.directory), Path(options.out), models=models, seeds=seeds)
+    print(Path(options.out, "table.md").read_text())
+    return code
+
+
 def find_grid(options: GridOptions) -> Grid:
     """Return the grid that the options name; data with a name need not be there for it."""
     models, seeds = read_models(options.models), read_seeds(options.seeds)
@@ -279,22 +302,24 @@ def bench(options: BenchOptions) -> ExitCode:
 
 def audit(options: AuditOptions) -> int:
     """Audit the recipe, a run, or the equivalence of W processes and one."""
-    from resnet_ddp import audit
+    from resnet_ddp.audit import checks, paper
 
-    deviations: Sequence[audit.Deviation] = ()
+    deviations: Sequence[checks.Deviation] = ()
     if options.processes > 1:
         from resnet_ddp.audit.together import run_together
 
-        checks = run_together(options.processes, options.device)
+        found = run_together(options.processes, options.device)
     elif options.run is not None:
-        checks = audit.audit_run(options.run)
-        deviations = audit.deviations_of(options.run)
+        from resnet_ddp.audit.trained import audit_run, deviations_of
+
+        found, deviations = audit_run(options.run), deviations_of(options.run)
     else:
-        checks = audit.run_audit()
-        deviations = audit.DEVIATIONS
-    render = audit.as_json if options.json else audit.render
-    print(render(checks, deviations))
-    return int(audit.verdict(checks))
+        from resnet_ddp.audit.recipe import run_audit
+
+        found, deviations = run_audit(), paper.DEVIATIONS
+    render = checks.as_json if options.json else checks.render
+    print(render(found, deviations))
+    return int(checks.verdict(found))
 
 
 def find_data(data: str) -> Path:

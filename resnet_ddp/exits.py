@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1  # a check that the command was to make did not hold
     BAD_INPUT = 2
+    INCOMPLETE = 3  # a report of a grid that is not done
     NOT_FINITE = 65  # the loss is not a number: repeating the run repeats that
     TEMPORARY = 75  # no space, lock held elsewhere: worth trying again
     STOPPED = 85  # saved, wants more time

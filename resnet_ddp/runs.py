@@ -259,9 +259,13 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def shown(value: object) -> str:
-    """Return a value that may have come from a damaged file as a short piece of one line."""
-    return "".join(c if c.isprintable() else " " for c in str(value))[:80]
+def shown(value: object, *, limit: int = 80) -> str:
+    """Return a value that may have come from a damaged file as a piece of one line.
+
+    Args:
+        limit: characters at the most.
+    """
+    return "".join(c if c.isprintable() else " " for c in str(value)[:limit])
 
 
 def _is_possible(setting: str, value: Any) -> bool:

@@ -22,20 +22,12 @@ from torch import Tensor, nn
 
 from resnet_ddp import augment, models, step
 from resnet_ddp.architectures import ARCHITECTURES, Architecture
-from resnet_ddp.audit import (
-    DEVIATIONS,
-    Check,
-    as_json,
-    audit_run,
-    deviations_of,
-    render,
-    run_audit,
-    verdict,
-)
+from resnet_ddp.audit.checks import Check, as_json, render, verdict
 from resnet_ddp.audit.coded import FIRST_TEST, Windows, coded_dataset, coded_images
-from resnet_ddp.audit.paper import DIVISORS, learning_rates, parameters_of
-from resnet_ddp.audit.recipe import ASSERTIONS
+from resnet_ddp.audit.paper import DEVIATIONS, DIVISORS, learning_rates, parameters_of
+from resnet_ddp.audit.recipe import ASSERTIONS, run_audit
 from resnet_ddp.audit.subject import Subject
+from resnet_ddp.audit.trained import audit_run, deviations_of
 from resnet_ddp.augment import Draws, as_network_input, crop_and_flip, draw
 from resnet_ddp.batches import Batches, sample_order, split
 from resnet_ddp.cli import main

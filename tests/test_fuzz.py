@@ -150,7 +150,7 @@ def cheap_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resnet_ddp.cli.launch", lambda *_: 0)
     monkeypatch.setattr("resnet_ddp.bench.run", lambda *_, **__: measured)
     monkeypatch.setattr("resnet_ddp.bench.markdown", str)
-    monkeypatch.setattr("resnet_ddp.audit.run_audit", list)
+    monkeypatch.setattr("resnet_ddp.audit.recipe.run_audit", list)
     monkeypatch.setattr("resnet_ddp.audit.together.run_together", lambda *_: [])
     monkeypatch.setattr("urllib.request.urlopen", no_network)
 

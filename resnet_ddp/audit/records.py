@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from torch import Tensor
+from safetensors.numpy import load as load_arrays
 
 from resnet_ddp.audit.paper import DIVISORS, depth_of, learning_rates
 from resnet_ddp.exits import UserError
@@ -86,7 +87,7 @@ class Records:
         return [line for line in self.metrics if key in line]
 
     @cached_property
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, NDArray[np.generic]]:
         """The trained weights and BatchNorm buffers.
 
         Raises:
@@ -94,7 +95,7 @@ class Records:
         """
         path = self.path / "model.safetensors"
         try:
-            return load_tensors(path.read_bytes())
+            return load_arrays(path.read_bytes())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error})") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from resnet_ddp.audit.checks import Check, Deviation, Finding, equal, none_of, same_series, show
 from resnet_ddp.audit.paper import (
@@ -172,7 +172,7 @@ def _parameters(records: Records) -> Finding:
     weights = records.weights
     num_classes = len(weights["linear.bias"]) if "linear.bias" in weights else 10
     expected = parameters_of(records.config["model"], num_classes)
-    in_file = sum(t.numel() for name, t in weights.items() if not name.endswith(STATISTICS))
+    in_file = sum(array.size for name, array in weights.items() if not name.endswith(STATISTICS))
     return equal(
         {"weights": expected, "result": expected},
         {"weights": in_file, "result": (records.result or {}).get("num_parameters")},
@@ -181,7 +181,7 @@ def _parameters(records: Records) -> Finding:
 
 def _finite(records: Records) -> Finding:
     return none_of(
-        [name for name, tensor in records.weights.items() if not bool(torch.isfinite(tensor).all())]
+        [name for name, array in records.weights.items() if not np.isfinite(array).all()]
     )
 
 
