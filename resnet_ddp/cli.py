@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from resnet_ddp.recipe import RECIPES
 from resnet_ddp.runs import Cell, RunDirectory, check_grid_name, shown
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
+REPORT_INTERVAL = 10.0  # seconds between two reports of --watch
 NAMED_DATA = ("shapes", "cifar10", "cifar100")
 
 
@@ -66,6 +68,7 @@ class ReportOptions:
 
     directory: str = option(metavar="RUNS", help="a directory of runs, of grids, or one run")
     out: str = option("report", metavar="DIR", help="the directory to write to")
+    watch: bool = option(False, help="write it again as runs go on, until all are done")
     models: str = option(
         ",".join(PAPER_MODELS), metavar="LIST", help="that there should be; default: the paper's"
     )
@@ -249,8 +252,13 @@ def report(options: ReportOptions) -> ExitCode:
     from resnet_ddp.report.write import write
 
     models, seeds = read_models(options.models), read_seeds(options.seeds)
-    code = write(Path(options.directory), Path(options.out), models=models, seeds=seeds)
-    print(Path(options.out, "table.md").read_text())
+    out = Path(options.out)
+    code = write(Path(options.directory), out, models=models, seeds=seeds)
+    while options.watch and code is not ExitCode.DONE:
+        time.sleep(REPORT_INTERVAL)
+        code = write(Path(options.directory), out, models=models, seeds=seeds)
+    print((out / "table.md").read_text())
+    print(out / "report.html")
     return code
 
 

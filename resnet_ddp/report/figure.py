@@ -34,7 +34,7 @@ def draw(summary: Summary) -> Figure:
     """Draw the curves of a group."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    top = _top(summary.runs)
+    top = top_of(summary.runs)
     for axes, title, is_residual in zip(panels, ("plain", "residual"), (False, True), strict=True):
         axes.set_title(title, fontsize=11)
         _axes(axes, summary, top)
@@ -70,7 +70,7 @@ def _axes(axes: Axes, summary: Summary, top: float) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _top(runs: Sequence[RunRecord]) -> float:
+def top_of(runs: Sequence[RunRecord]) -> float:
     """Return the paper's 20%, or a round number that the ends of all curves fit below."""
     ends = [
         100 * run.curves[name].values[-1]

@@ -11,12 +11,13 @@ from pathlib import Path
 from resnet_ddp import durable
 from resnet_ddp.exits import ExitCode, UserError
 from resnet_ddp.report import figure, table
+from resnet_ddp.report.page import page
 from resnet_ddp.report.records import Group, RunRecord, Skipped, find_runs
 from resnet_ddp.report.summary import Summary, summarise
 
 
 def write(runs: Path, out: Path, *, models: Sequence[str], seeds: Sequence[int]) -> ExitCode:
-    """Write table.md, table.csv, table.json, table.tex and, a group each, fig6-*.svg and .png.
+    """Write report.html, table.md, .csv, .json, .tex and, a group each, fig6-*.svg and .png.
 
     Args:
         models, seeds: the cells that each group should have.
@@ -41,6 +42,7 @@ def write(runs: Path, out: Path, *, models: Sequence[str], seeds: Sequence[int])
         "table.csv": table.as_csv(summaries).encode(),
         "table.tex": table.as_latex(summaries).encode(),
         "table.json": (json.dumps(report, indent=2) + "\n").encode(),
+        "report.html": page(summaries, skipped, out),
     }
     for name, summary in zip(names(summaries), summaries, strict=True):
         picture = figure.draw(summary)
