@@ -6,6 +6,7 @@ The trainer adds a directory and a loop; the bench times the same pieces.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,13 @@ from resnet_ddp.models import CifarNet, build_model
 from resnet_ddp.recipe import Recipe
 from resnet_ddp.step import CapturedStepper, CudaGraphs, Stepper, make_optimizer
 
+Pause = Callable[[], None]  # of `error_rate`
+
 CURVE_IMAGES = 5000  # training images behind a point of the training curve
+
+
+def never() -> None:
+    """Do not pause."""
 
 
 @dataclass
@@ -48,28 +55,30 @@ class Experiment:
     val_samples: Tensor  # image numbers held out
     kernels: str  # "torch", or the name of our own
 
-    def train_error_rate(self) -> float:
+    def train_error_rate(self, pause: Pause = never) -> float:
         """Return the error on all images trained on, un-augmented."""
-        return self._error_rate(self.train_images, self.train_labels, self.samples)
+        return self._error_rate(self.train_images, self.train_labels, self.samples, pause)
 
     def curve_error_rate(self) -> float:
         """Return the error on the 5,000 of them that stand for all while training goes on."""
         samples = curve_samples(self.samples, num_images=CURVE_IMAGES)
         return self._error_rate(self.train_images, self.train_labels, samples)
 
-    def val_error_rate(self) -> float | None:
+    def val_error_rate(self, pause: Pause = never) -> float | None:
         """Return the error on the images held out, None if the recipe holds out none."""
         if not len(self.val_samples):
             return None
-        return self._error_rate(self.train_images, self.train_labels, self.val_samples)
+        return self._error_rate(self.train_images, self.train_labels, self.val_samples, pause)
 
-    def test_error_rate(self) -> float:
+    def test_error_rate(self, pause: Pause = never) -> float:
         """Return the error on the test images; called once, when training is over."""
         return self._error_rate(
-            self.test_images, self.test_labels, torch.arange(len(self.test_labels))
+            self.test_images, self.test_labels, torch.arange(len(self.test_labels)), pause
         )
 
-    def _error_rate(self, images: Tensor, labels: Tensor, samples: Tensor) -> float:
+    def _error_rate(
+        self, images: Tensor, labels: Tensor, samples: Tensor, pause: Pause = never
+    ) -> float:
         return error_rate(
             self.model,
             images=images,
@@ -77,6 +86,7 @@ class Experiment:
             samples=samples,
             normalise=self.stepper.batches.normalise,
             accelerator=self.accelerator,
+            pause=pause,
         )
 
 

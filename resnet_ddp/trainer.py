@@ -257,10 +257,9 @@ def live(run: Run, due: Cadence, environment: dict[str, Any], stop: StopRequest)
         start = progress.iteration
         record_start(run, start, environment, timing, display)
         iteration = loop(run, start, due, metrics, timing, display, stop)
-        if iteration == due.total:
-            finish(run, metrics)
+        if iteration == due.total and finish(run, metrics, stop):
             return ExitCode.DONE
-        asked = iteration < due.last
+        asked = iteration < due.last or iteration == due.total
         reason = (stop.reason or "another process") if asked else "--stop-after"
         display.note(
             f"stopped by {reason}, saved at iteration {iteration:,} in {run.directory.path}; "
@@ -338,15 +337,32 @@ def curve_point(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def finish(run: Run, metrics: JsonLines) -> None:
-    """Measure the final errors, the test error for the only time, and write weights and result."""
+class AskedToStop(Exception):
+    """In the middle of the last evaluation, all of which the next life does again."""
+
+
+def finish(run: Run, metrics: JsonLines, stop: StopRequest) -> bool:
+    """Measure the final errors, the test error for the only time, and write weights and result.
+
+    Returns:
+        Whether it was done; not if something asked to stop.
+    """
     experiment, iterations = run.experiment, run.experiment.recipe.iterations
-    test_error_rate = experiment.test_error_rate()
-    errors = {
-        "train_error_rate": experiment.train_error_rate(),
-        "val_error_rate": experiment.val_error_rate(),
-        "test_error_rate": test_error_rate,
-    }
+
+    def pause() -> None:
+        is_asked = torch.full_like(experiment.stepper.loss, stop.reason is not None)
+        if processes.total(run.state, is_asked) > 0:  # device synchronisation; all agree
+            raise AskedToStop
+
+    try:
+        test_error_rate = experiment.test_error_rate(pause)
+        errors = {
+            "train_error_rate": experiment.train_error_rate(pause),
+            "val_error_rate": experiment.val_error_rate(pause),
+            "test_error_rate": test_error_rate,
+        }
+    except AskedToStop:
+        return False
     metrics.write(iteration=iterations, **{"test/error_rate": test_error_rate})
     if run.state.is_main_process:
         metrics.sync()
@@ -356,3 +372,4 @@ def finish(run: Run, metrics: JsonLines) -> None:
         run.directory.write_result(
             iterations=iterations, **errors, num_parameters=num_parameters(experiment.model)
         )
+    return True

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from resnet_ddp import durable, tracking
 from resnet_ddp.batches import Batches
 from resnet_ddp.cli import main
+from resnet_ddp.experiment import Experiment, Pause
 from resnet_ddp.recipe import RECIPES
 from resnet_ddp.step import Stepper
 
@@ -278,3 +280,22 @@ def test_a_full_disk_is_temporary(
     full[0] = False
     assert train() == 0
     assert_same_outcome(tmp_path / RUN, finished)
+
+
+def test_a_stop_in_the_last_evaluation_costs_only_that(
+    train: Train, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Experiment.test_error_rate
+
+    def interrupted(experiment: Experiment, pause: Pause) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(experiment, pause)
+
+    run = tmp_path / RUN
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "test_error_rate", interrupted)
+        assert train(*FINISHED) == 85
+    assert read_json(run / "status.json")["reason"] == "SIGTERM"
+    assert not (run / "result.json").exists()
+    assert train(*FINISHED) == 0
+    assert all((run / name).read_bytes() == (finished / name).read_bytes() for name in OUTCOME)
