@@ -123,7 +123,9 @@ class Supervisor:
             elif _is_hopeless(state):
                 self.queue.remove(cell)
                 self._give_up(cell, state.reason)
-            elif state.state is not State.RUNNING and free:
+            elif state.state is State.RUNNING:  # elsewhere
+                self._not_before[cell] = time.monotonic() + REFRESH
+            elif free:
                 self.queue.remove(cell)
                 if not self._start(cell, free[0]):
                     continue
