@@ -512,6 +512,265 @@ void convolve_back(const Padded<T> &g, const std::vector<Unit> &weights, int ci,
         }
 }
 
+// Winograd's F(2x2, 3x3) (Lavin and Gray 2016), for stride 1: 16 multiplications for four outputs
+// that take 36 otherwise. Of each tile of 4x4 pixels, which overlap by two, and of the weights 16
+// combinations are taken; of each of these a matrix product over the channels is left. TILES are
+// worked on at once, in pairs that lie side by side.
+constexpr int COMBINATIONS = 16;
+constexpr int TILES = 16;
+
+// Two numbers a unit, channel by channel: a's and b's.
+inline Words interleave(Floats a, Floats b) {
+#ifdef __AVX512BF16__
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                           16, 0);
+    __m512bh halves = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (Words)_mm512_permutexvar_epi16(order, (__m512i)halves);
+#else
+    auto rounded = [](Words bits) { return bits + 0x7fff + ((bits >> 16) & 1); };
+    return rounded((Words)a) >> 16 | (rounded((Words)b) & 0xffff0000u);
+#endif
+}
+
+// Combinations of a map as products over channels read them: [combination][tile][unit of channels].
+// Their distance is no power of two, or they would compete for places in the cache.
+template <class T, int C>
+struct ByChannel {
+    static constexpr int UNITS = C / PER_UNIT<T>;
+    static constexpr size_t COMBINATION = TILES * UNITS + 16, SIZE = COMBINATIONS * COMBINATION;
+    Unit *at;
+    void write(int combination, int tile, int c, Floats first, Floats second) {
+        T *to = (T *)(at + combination * COMBINATION + tile * UNITS) + c;
+        store(first, to);
+        store(second, to + C);
+    }
+};
+
+// As products over tiles read them: [combination][unit of tiles][channel].
+template <class T, int C>
+struct ByTile {
+    static constexpr int UNITS = TILES / PER_UNIT<T>;
+    static constexpr size_t COMBINATION = UNITS * C + 16, SIZE = COMBINATIONS * COMBINATION;
+    Unit *at;
+    void write(int combination, int tile, int c, Floats first, Floats second) {
+        Unit *to = at + combination * COMBINATION + tile / PER_UNIT<T> * C + c;
+        if (PER_UNIT<T> == 1) {
+            memcpy(to, &first, sizeof first);
+            memcpy(to + C, &second, sizeof second);
+        } else {
+            Words both = interleave(first, second);
+            memcpy(to, &both, sizeof both);
+        }
+    }
+};
+
+// Where the outputs of a tile lie.
+struct Place {
+    int i, j;
+    Place(int tile, int size) : i(tile / (size / 2) * 2), j(tile % (size / 2) * 2) {}
+};
+
+// B' d B, of the pixels d that the outputs of TILES tiles read.
+template <class T, int C, class Combined>
+void combine_inputs(const Padded<T> &x, int first, Combined combined) {
+    const size_t row = size_t(x.size + 2) * C;
+    for (int t = 0; t < TILES; t += 2) {
+        const Place place(first + t, x.size);
+        for (int c = 0; c < C; c += 16) {
+            const T *from = x.at + place.i * row + place.j * C + c;
+            Floats d[4][6];
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; j++, from += C) {
+                Floats d0 = load(from), d1 = load(from + row);
+                Floats d2 = load(from + 2 * row), d3 = load(from + 3 * row);
+                d[0][j] = d0 - d2, d[1][j] = d1 + d2, d[2][j] = d2 - d1, d[3][j] = d1 - d3;
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const Floats *e = d[i];
+                combined.write(4 * i, t, c, e[0] - e[2], e[2] - e[4]);
+                combined.write(4 * i + 1, t, c, e[1] + e[2], e[3] + e[4]);
+                combined.write(4 * i + 2, t, c, e[2] - e[1], e[4] - e[3]);
+                combined.write(4 * i + 3, t, c, e[1] - e[3], e[3] - e[5]);
+            }
+        }
+    }
+}
+
+// A g A', of the gradients g of TILES tiles.
+template <class T, int C, class Combined>
+void combine_gradients(Padded<T> &g, int first, Combined combined) {
+    for (int t = 0; t < TILES; t += 2) {
+        const Place place(first + t, g.size);
+        for (int c = 0; c < C; c += 16) {
+            const T *upper = g.row(place.i) + place.j * C + c;
+            const T *lower = g.row(place.i + 1) + place.j * C + c;
+            Floats d[4][4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                Floats d0 = load(upper + j * C), d1 = load(lower + j * C);
+                d[0][j] = d0, d[1][j] = d0 + d1, d[2][j] = d0 - d1, d[3][j] = -d1;
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const Floats *e = d[i];
+                combined.write(4 * i, t, c, e[0], e[2]);
+                combined.write(4 * i + 1, t, c, e[0] + e[1], e[2] + e[3]);
+                combined.write(4 * i + 2, t, c, e[0] - e[1], e[2] - e[3]);
+                combined.write(4 * i + 3, t, c, -e[1], -e[3]);
+            }
+        }
+    }
+}
+
+// A' m A: 16 channels of a tile's outputs, from products m that lie TILES apart.
+template <class T>
+void write_outputs(const Floats *m, size_t row, size_t pixel, T *out) {
+    Floats upper[4], lower[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++, m += TILES) {
+        Floats m0 = m[0], m1 = m[4 * TILES], m2 = m[8 * TILES], m3 = m[12 * TILES];
+        upper[j] = m0 + m1 + m2;
+        lower[j] = m1 - m2 - m3;
+    }
+    store(upper[0] + upper[1] + upper[2], out);
+    store(upper[1] - upper[2] - upper[3], out + pixel);
+    store(lower[0] + lower[1] + lower[2], out + row);
+    store(lower[1] - lower[2] - lower[3], out + row + pixel);
+}
+
+// The rows of G, times three numbers.
+inline void combine(const float *w, size_t step, float *to, size_t to_step) {
+    float outer = (w[0] + w[2 * step]) / 2, inner = w[step] / 2;
+    to[0] = w[0];
+    to[to_step] = outer + inner;
+    to[2 * to_step] = outer - inner;
+    to[3 * to_step] = w[2 * step];
+}
+
+// From weights w [co][ky][kx][ci] to G w G' as [combination][unit of ci][co], or, backward, of the
+// weights turned by half a circle, to [..][unit of co][ci].
+template <class T>
+std::vector<Unit> combine_weights(const float *weights, int ci, int co, bool backward) {
+    const int read = backward ? co : ci, lanes = backward ? ci : co;
+    std::vector<float> combined(size_t(COMBINATIONS) * read * lanes);
+    for (int o = 0; o < co; o++)
+        for (int c = 0; c < ci; c++) {
+            float tap[9], rows[12];
+            for (int k = 0; k < 9; k++)
+                tap[k] = weights[(size_t(o) * 9 + (backward ? 8 - k : k)) * ci + c];
+            for (int kx = 0; kx < 3; kx++) combine(tap + kx, 3, rows + kx, 3);
+            size_t at = backward ? size_t(o) * ci + c : size_t(c) * co + o;
+            for (int i = 0; i < 4; i++)
+                combine(rows + 3 * i, 1, &combined[4 * i * size_t(read) * lanes + at],
+                        size_t(read) * lanes);
+        }
+    std::vector<Unit> packed(combined.size() / PER_UNIT<T>);
+    for (size_t u = 0; u < packed.size() / lanes; u++)
+        for (int lane = 0; lane < lanes; lane++)
+            packed[u * lanes + lane] =
+                as_unit(&combined[u * PER_UNIT<T> * lanes + lane], lanes, T());
+    return packed;
+}
+
+// What `convolve` computes with stride 1, and `convolve_back` with the weights for that.
+template <class T, int C>
+void winograd(const Padded<T> &x, const std::vector<Unit> &weights, int co, T *out) {
+    using Combined = ByChannel<T, C>;
+    alignas(64) Unit inputs[Combined::SIZE];
+    Floats outputs[COMBINATIONS][TILES];
+    for (int first = 0; first < x.size * x.size / 4; first += TILES) {
+        combine_inputs<T, C>(x, first, Combined{inputs});
+        for (int c = 0; c < co; c += 16) {
+            const Unit *w = &weights[c];
+            for (int k = 0; k < COMBINATIONS; k++) {
+                const Unit *in = inputs + k * Combined::COMBINATION;
+                Floats sums[TILES] = {};
+                for (int u = 0; u < Combined::UNITS; u++, w += co) {
+                    Floats lanes;
+                    memcpy(&lanes, w, sizeof lanes);
+#pragma GCC unroll 16
+                    for (int t = 0; t < TILES; t++)
+                        sums[t] = multiply_add<T>(sums[t], lanes, in[t * Combined::UNITS + u]);
+                }
+                memcpy(outputs[k], sums, sizeof sums);
+            }
+            for (int t = 0; t < TILES; t++) {
+                const Place place(first + t, x.size);
+                write_outputs(&outputs[0][t], size_t(x.size) * co, co,
+                              out + (size_t(place.i) * x.size + place.j) * co + c);
+            }
+        }
+    }
+}
+
+// sums[combination][co][ci] += sum over tiles of the combinations of g times those of x. STRIPS
+// times TILES are added up before they are stored.
+constexpr int STRIPS = 4;
+
+template <class T, int CI, int CO>
+void add_combined_gradient(const Padded<T> *x, Padded<T> *g, int images, Buffer<Unit> *buffers,
+                           float *sums) {
+    using X = ByTile<T, CI>;
+    using G = ByTile<T, CO>;
+    Unit *inputs = buffers[0].of(STRIPS * X::SIZE), *grads = buffers[1].of(STRIPS * G::SIZE);
+    const int of_image = x->size * x->size / 4 / TILES;
+    for (int start = 0; start < images * of_image; start += STRIPS) {
+        const int strips = std::min(STRIPS, images * of_image - start);
+        for (int s = 0; s < strips; s++) {
+            const int n = (start + s) / of_image, first = (start + s) % of_image * TILES;
+            combine_inputs<T, CI>(x[n], first, X{inputs + s * X::SIZE});
+            combine_gradients<T, CO>(g[n], first, G{grads + s * G::SIZE});
+        }
+        for (int k = 0; k < COMBINATIONS; k++)
+            for (int o = 0; o < CO; o += 16)
+                for (int c = 0; c < CI; c += 16) {
+                    float *to = sums + (size_t(k) * CO + o) * CI + c;
+                    Floats total[16];
+#pragma GCC unroll 16
+                    for (int v = 0; v < 16; v++) total[v] = load(to + v * CI);
+                    for (int s = 0; s < strips; s++) {
+                        const Unit *xs = inputs + s * X::SIZE + k * X::COMBINATION + c;
+                        const Unit *gs = grads + s * G::SIZE + k * G::COMBINATION + o;
+                        for (int u = 0; u < X::UNITS; u++) {
+                            Floats lanes;
+                            memcpy(&lanes, xs + u * CI, sizeof lanes);
+#pragma GCC unroll 16
+                            for (int v = 0; v < 16; v++)
+                                total[v] = multiply_add<T>(total[v], lanes, gs[u * CO + v]);
+                        }
+                    }
+#pragma GCC unroll 16
+                    for (int v = 0; v < 16; v++) store(total[v], to + v * CI);
+                }
+    }
+}
+
+// The columns of G, times four times 16 channels.
+inline void separate(const Floats *s, size_t step, Floats *to) {
+    Floats outer = (s[step] + s[2 * step]) * 0.5f;
+    to[0] = s[0] + outer;
+    to[1] = (s[step] - s[2 * step]) * 0.5f;
+    to[2] = outer + s[3 * step];
+}
+
+// weight_grad[co][ky][kx][ci] = G' s G, of the sums s of `add_combined_gradient`.
+inline void separate_weight_gradient(const float *sums, int ci, int co, float *weight_grad) {
+    for (int o = 0; o < co; o++)
+        for (int c = 0; c < ci; c += 16) {
+            Floats s[COMBINATIONS], columns[4][3], row[3];
+            for (int k = 0; k < COMBINATIONS; k++)
+                s[k] = load(sums + (size_t(k) * co + o) * ci + c);
+            for (int j = 0; j < 4; j++) separate(s + j, 4, columns[j]);
+            for (int ky = 0; ky < 3; ky++) {
+                separate(&columns[0][ky], 3, row);
+                for (int kx = 0; kx < 3; kx++)
+                    store(row[kx], weight_grad + (size_t(o) * 9 + 3 * ky + kx) * ci + c);
+            }
+        }
+}
+
 // Maps as the weight's gradient reads them: a step takes one pixel in fp32, two in bf16, which lie
 // channel by channel beside each other in a unit.
 struct Steps {
@@ -641,7 +900,10 @@ void convolution(const Layer &layer, const Piece &piece, int threads) {
 // The gradients of x and of the weights; that of y is found image by image and never written down.
 template <class T, int C, bool MASK>
 void convolution_back(const Layer &layer, const Piece &piece, int threads) {
-    const std::vector<Unit> weights = pack_weights<T>(layer.weight, layer.ci, C, true);
+    const bool is_winograd = layer.stride == 1;
+    const std::vector<Unit> weights =
+        is_winograd ? combine_weights<T>(layer.weight, layer.ci, C, true)
+                    : pack_weights<T>(layer.weight, layer.ci, C, true);
     const Gradient<T, C, MASK> gradient(layer, piece.group);
     const int size = layer.size / layer.stride;
     const int at_once = std::max(1, std::min(AT_ONCE, AT_ONCE * 8 / size));
@@ -658,10 +920,15 @@ void convolution_back(const Layer &layer, const Piece &piece, int threads) {
             g.emplace_back(buffer_g[k], size, C);
         }
         Steps taps[AT_ONCE][3], steps[AT_ONCE];
+        static thread_local Buffer<Unit> combined[2];
+        static thread_local Buffer<float> combined_sums;
+        const size_t num_sums = is_winograd ? size_t(COMBINATIONS) * layer.ci * C : 0;
+        float *sums = combined_sums.of(num_sums);
 #pragma omp for schedule(dynamic, 1)
         for (int s = 0; s < shards; s++) {
             const int start = s * BACKWARD_SHARD<C>;
             const int stop = std::min(start + BACKWARD_SHARD<C>, piece.count);
+            std::fill_n(sums, num_sums, 0.0f);
             for (int first = start; first < stop; first += at_once) {
                 const int count = std::min(at_once, stop - first);
                 for (int k = 0; k < count; k++) {
@@ -671,15 +938,25 @@ void convolution_back(const Layer &layer, const Piece &piece, int threads) {
                     prefetch<T>(layer, layer.x, n, layer.x_size());
                     prefetch<T>(layer, layer.y, n + 1, layer.y_size());
                     prefetch<T>(layer, gradient.of(), n + 1, layer.y_size());
-                    convolve_back<T, C / PER_UNIT<T>>(g[k], weights, layer.ci, layer.stride,
-                                                      layer.map<T>(layer.grad_x, n, layer.x_size()));
+                    T *grad_x = layer.map<T>(layer.grad_x, n, layer.x_size());
+                    if (is_winograd) winograd<T, C>(g[k], weights, layer.ci, grad_x);
+                    else
+                        convolve_back<T, C / PER_UNIT<T>>(g[k], weights, layer.ci, layer.stride,
+                                                          grad_x);
                     x[k].fill(layer.map<T>(layer.x, n, layer.x_size()));
+                    if (is_winograd) continue;
                     steps_of(x[k], layer.stride, packed[k], taps[k]);
                     steps[k] = steps_of(g[k], packed[k][3]);
                 }
-                add_weight_gradient<T>(taps, steps, count, layer.ci, C, layer.stride, size,
-                                       first == start, &partial[s * numbers]);
+                if (is_winograd)
+                    BY_CHANNELS(layer.ci, (add_combined_gradient<T, C_, C>(
+                                              x.data(), g.data(), count, combined, sums)))
+                else
+                    add_weight_gradient<T>(taps, steps, count, layer.ci, C, layer.stride, size,
+                                           first == start, &partial[s * numbers]);
             }
+            if (is_winograd)
+                separate_weight_gradient(sums, layer.ci, C, &partial[s * numbers]);
         }
 #pragma omp for schedule(static)
         for (size_t block = 0; block < numbers; block += 16 * C) {  // 9 ci C is a multiple
