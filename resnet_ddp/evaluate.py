@@ -16,6 +16,12 @@ from resnet_ddp.augment import Normalisation, as_network_input
 BLOCK = 500  # images in a forward pass: fixed, so that rounding does not depend on the processes
 ROUND = 4  # blocks of each process between two pauses
 
+Pause = Callable[[], None]
+
+
+def never() -> None:
+    """Do not pause."""
+
 
 @torch.no_grad()
 def error_rate(
@@ -26,7 +32,7 @@ def error_rate(
     samples: Tensor,
     normalise: Normalisation,
     accelerator: Accelerator,
-    pause: Callable[[], None] = lambda: None,
+    pause: Pause = never,
 ) -> float:
     """Return the fraction of the chosen images that the model labels wrongly.
 

@@ -6,7 +6,6 @@ The trainer adds a directory and a loop; the bench times the same pieces.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +19,13 @@ from resnet_ddp.batches import Batches, curve_samples, share, split
 from resnet_ddp.batchnorm import Groups
 from resnet_ddp.compilation import Network, compile_checked
 from resnet_ddp.datasets import Dataset
-from resnet_ddp.evaluate import error_rate
+from resnet_ddp.evaluate import Pause, error_rate, never
 from resnet_ddp.exits import UserError
 from resnet_ddp.models import CifarNet, build_model
 from resnet_ddp.recipe import Recipe
 from resnet_ddp.step import CapturedStepper, CudaGraphs, Stepper, make_optimizer
 
-Pause = Callable[[], None]  # of `error_rate`
-
 CURVE_IMAGES = 5000  # training images behind a point of the training curve
-
-
-def never() -> None:
-    """Do not pause."""
 
 
 @dataclass

@@ -74,8 +74,10 @@ class _Layer(torch.autograd.Function):
         assert weight.is_contiguous(memory_format=torch.channels_last)
         (stride, _), (images, in_channels, height, width) = conv.stride, x.shape
         channels, height, width = len(weight), height // stride, width // stride
-        if kernels.has_convolution(conv, x):
-            y = _map(images, channels, height, width, x.dtype)
+        convolves = kernels.has_convolution(conv, x)
+        if convolves:
+            shape = (images, channels, height, width)
+            y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         else:
             y = F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding)
             y = _channels_last(y, x.dtype)
@@ -96,7 +98,7 @@ class _Layer(torch.autograd.Function):
             groups=groups.num_groups,
             group_size=groups.group_size,
             pixels=height * width,
-            convolves=kernels.has_convolution(conv, x),
+            convolves=convolves,
             eps=bn.eps,
             momentum=bn.momentum,
             weight=weight.data_ptr(),
@@ -163,11 +165,6 @@ def _convolution_back(
         *(False, (0, 0), 1, (needs_x, True, False)),
     )
     return grad_x, grad_weight.to(weight.dtype)
-
-
-def _map(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    shape = (images, channels, height, width)
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
 def _address(tensor: Tensor | None) -> int | None:

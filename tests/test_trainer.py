@@ -20,7 +20,8 @@ from torch import Tensor
 from resnet_ddp import durable, tracking
 from resnet_ddp.batches import Batches
 from resnet_ddp.cli import main
-from resnet_ddp.experiment import Experiment, Pause
+from resnet_ddp.evaluate import Pause
+from resnet_ddp.experiment import Experiment
 from resnet_ddp.recipe import RECIPES
 from resnet_ddp.step import Stepper
 

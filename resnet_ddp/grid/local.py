@@ -14,7 +14,7 @@ from resnet_ddp.grid.cells import Grid, GridCell, longest_first
 from resnet_ddp.grid.display import make_display
 from resnet_ddp.grid.picture import as_json, duration, picture, summary
 from resnet_ddp.grid.slots import Slot, find_slots
-from resnet_ddp.grid.states import State, States, read_state, seconds_left
+from resnet_ddp.grid.states import State, States, read_states, seconds_left
 from resnet_ddp.grid.supervisor import Supervisor
 from resnet_ddp.lease import Observer
 from resnet_ddp.options import GridRunOptions, LocalTrainOptions, as_arguments
@@ -146,8 +146,3 @@ def show(grid: Grid, *, watch: bool, as_json_: bool) -> ExitCode:
         if not watch or all(state.state is State.DONE for state in states.values()):
             return ExitCode.DONE
         time.sleep(WATCH_INTERVAL)
-
-
-def read_states(grid: Grid, observer: Observer) -> States:
-    """Return how all runs stand."""
-    return {cell: read_state(grid.path(cell), grid.recipe, observer) for cell in grid.cells}

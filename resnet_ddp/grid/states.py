@@ -16,7 +16,7 @@ from resnet_ddp.lease import Observer
 from resnet_ddp.recipe import Recipe
 from resnet_ddp.runs import read_object, shown
 
-TAIL = 16384  # bytes at the end of timing.jsonl that hold its last lines
+TAIL = 16384  # bytes at the end of a file that hold its last lines
 RETRIED = (ExitCode.STOPPED, ExitCode.TEMPORARY)
 
 
@@ -109,6 +109,18 @@ def seconds_left(
     return makespan(running, [left(cell) for cell in waiting], slots)
 
 
+def read_states(grid: Grid, observer: Observer) -> dict[GridCell, RunState]:
+    """Return how all runs of a grid stand."""
+    return {cell: read_state(grid.path(cell), grid.recipe, observer) for cell in grid.cells}
+
+
+def last_lines(path: Path) -> list[bytes]:
+    """Return the last lines of a file, the first of them perhaps not whole."""
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        return file.read().splitlines()
+
+
 def saved_iteration(path: Path) -> int:
     """Return the iteration of a run's newest checkpoint, 0 if there is none."""
     names = (checkpoint.name for checkpoint in (path / "checkpoints").glob("iteration-*"))
@@ -143,9 +155,7 @@ def _at_rest(status: dict[str, Any] | None, iteration: int, speed: float | None)
 def _last_timing(path: Path) -> tuple[int, float | None]:
     """Return the iteration and images/s of the last line that has both."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            lines = file.read().splitlines()
+        lines = last_lines(path)
     except FileNotFoundError:
         return 0, None
     for line in reversed(lines):

@@ -22,15 +22,24 @@ from resnet_ddp.exits import ExitCode
 from resnet_ddp.grid.cells import Grid, GridCell, longest_first
 from resnet_ddp.grid.display import GridDisplay
 from resnet_ddp.grid.slots import Slot
-from resnet_ddp.grid.states import RunState, State, read_state, saved_iteration, seconds_left
+from resnet_ddp.grid.states import (
+    RunState,
+    State,
+    last_lines,
+    read_state,
+    read_states,
+    saved_iteration,
+    seconds_left,
+)
 from resnet_ddp.launcher import LAUNCH_VARIABLES, LAUNCHER_VARIABLE
 from resnet_ddp.lease import Observer
-from resnet_ddp.runs import LOG
+from resnet_ddp.runs import LOG, shown
 from resnet_ddp.stop import SIGNALS, StopRequest
 
 POLL = 0.2  # seconds between two looks at the processes
 REFRESH = 2.0  # seconds between two looks at all directories, which may lie on a slow file system
 PAUSE = 5.0  # seconds before a run is tried again; times the number of its lives without progress
+LONGEST = 4096  # characters of a reason
 LIVES = 3  # without progress, and a run is given up
 
 SIGNAL_NAMES = [number.name for number in SIGNALS]
@@ -219,7 +228,7 @@ class Supervisor:
         return read_state(self.grid.path(cell), self.grid.recipe, self._observer)
 
     def _look(self) -> None:
-        self.states = {cell: self._state(cell) for cell in self.grid.cells}
+        self.states = read_states(self.grid, self._observer)
         for cell, reason in self.given_up.items():
             if self.states[cell].state is not State.DONE:
                 self.states[cell] = RunState(State.FAILED, reason=reason)
@@ -234,9 +243,9 @@ class Supervisor:
     def _last_line(self, cell: GridCell) -> str:
         """Return the last thing that the run said."""
         with contextlib.suppress(OSError):
-            lines = (self.grid.path(cell) / LOG).read_bytes()[-4096:].decode(errors="replace")
-            last = (lines.strip().splitlines() or [""])[-1]
-            return "".join(c if c.isprintable() else " " for c in last).partition(": ")[2] or last
+            lines = [line for line in last_lines(self.grid.path(cell) / LOG) if line.strip()]
+            last = shown(lines[-1].decode(errors="replace"), limit=LONGEST) if lines else ""
+            return last.partition(": ")[2] or last
         return "no log"
 
 

@@ -57,17 +57,22 @@ def draw(summary: Summary) -> Figure:
 
 
 def _axes(axes: Axes, summary: Summary, top: float) -> None:
-    iterations = max((run.iterations for run in summary.runs), default=1)
-    unit = 10 ** max(0, math.floor(math.log10(iterations)))
-    axes.set_xlim(0, iterations / unit)
+    unit = _unit(summary.runs)
+    axes.set_xlim(0, summary.runs[0].iterations / unit)
     axes.set_ylim(0, top)
     axes.set_xlabel(f"iterations (1e{round(math.log10(unit))})" if unit > 1 else "iterations")
     axes.set_yticks([0, 5, 10, 20] if top == PAPER_TOP else range(0, round(top) + 1, 10))
     axes.grid(axis="y", linewidth=0.4, color="0.85")
-    fields = summary.runs[0].config["recipe_fields"] if summary.runs else {}
+    fields = summary.runs[0].config["recipe_fields"]
     for drop in fields.get("drops", []):
         axes.axvline(drop / unit, linewidth=0.6, linestyle=":", color="0.5")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _unit(runs: Sequence[RunRecord]) -> int:
+    """Return the power of ten that iterations are counted in; all runs have one recipe."""
+    digits = math.floor(math.log10(runs[0].iterations))
+    return int(10**digits)
 
 
 def top_of(runs: Sequence[RunRecord]) -> float:
@@ -85,8 +90,7 @@ def top_of(runs: Sequence[RunRecord]) -> float:
 def _curves(axes: Axes, model: str, runs: Sequence[RunRecord]) -> None:
     depth = ARCHITECTURES[model].depth
     colour = COLOURS.get(depth, OTHER_COLOUR)
-    iterations = max(run.iterations for run in runs)
-    unit = 10 ** max(0, math.floor(math.log10(iterations)))
+    unit = _unit(runs)
     for name, style, width in ((TRAIN, "--", 1.0), (VAL, "-", 2.0)):
         points: dict[int, list[float]] = {}
         for run in runs:

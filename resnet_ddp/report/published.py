@@ -47,4 +47,3 @@ NABLA0001 = {
     "plain20": Published(9.78, 0.13),
     "plain56": Published(12.95, 0.22),
 }
-NABLA0001_MINUTES = {"resnet20": 25, "resnet56": 65, "resnet110": 130}  # a run, on an M3 MacBook

@@ -67,6 +67,11 @@ class Row:
     seconds: Sample | None
     hardware: tuple[str, ...]
 
+    @property
+    def n(self) -> int:
+        """How many runs are done."""
+        return 0 if self.test is None else self.test.n
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -34,14 +34,14 @@ def headline(summary: Summary) -> str:
     )
 
 
-def cells(row: Row, num_seeds: int) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
     """Return a row of the table as text, in the order of HEADER."""
     seconds = row.seconds
     return (
         row.model,
         str(row.layers),
         NOTHING if row.parameters is None else f"{row.parameters:,}",
-        f"{0 if row.test is None else row.test.n} of {num_seeds}",
+        f"{row.n} of {row.n + len(row.missing)}",
         _mean(row.test),
         _interval(row.test),
         _published(HE_ET_AL.get(row.model)),
@@ -70,14 +70,9 @@ def _published(value: Published | None) -> str:
     return NOTHING if value is None else str(value)
 
 
-def num_seeds(summary: Summary, row: Row) -> int:
-    """Return how many runs of a model there are or should be."""
-    return len(row.missing) + (0 if row.test is None else row.test.n)
-
-
 def rows_of(summary: Summary) -> list[tuple[str, ...]]:
     """Return all rows as text."""
-    return [cells(row, num_seeds(summary, row)) for row in summary.rows]
+    return [cells(row) for row in summary.rows]
 
 
 def as_markdown(summaries: Sequence[Summary]) -> str:
@@ -116,7 +111,7 @@ def as_csv(summaries: Sequence[Summary]) -> str:
             writer.writerow(
                 [
                     *(group.grid, group.recipe, group.data, group.data_original),
-                    *(row.model, row.layers, row.parameters, 0 if row.test is None else row.test.n),
+                    *(row.model, row.layers, row.parameters, row.n),
                     *values,
                     "" if row.seconds is None else row.seconds.mean,
                     "; ".join(row.hardware),

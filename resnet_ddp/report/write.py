@@ -56,7 +56,7 @@ def write(runs: Path, out: Path, *, models: Sequence[str], seeds: Sequence[int])
 def summaries_of(
     runs: Sequence[RunRecord], models: Sequence[str], seeds: Sequence[int]
 ) -> list[Summary]:
-    """Return a summary for each group, by name; two seeds' worth of the same cell is refused.
+    """Return a summary for each group, by name.
 
     Raises:
         UserError: two directories hold the same run.
