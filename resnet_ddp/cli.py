@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,18 @@ from resnet_ddp.options import (
     GridStatusOptions,
     LocalTrainOptions,
     Parser,
+    TrackOptions,
     TrainOptions,
     add_options,
     as_arguments,
     option,
     read_options,
 )
-from resnet_ddp.recipe import RECIPES
+from resnet_ddp.published import HE_ET_AL
+from resnet_ddp.recipe import HE2015, RECIPES
+from resnet_ddp.records import read_run
 from resnet_ddp.runs import Cell, RunDirectory, check_grid_name, shown
+from resnet_ddp.tracking.plan import WANDB, make_plans
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
 REPORT_INTERVAL = 10.0  # seconds between two reports of --watch
@@ -63,10 +68,21 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class PushOptions(TrackOptions):
+    """Copy what a tracker misses of runs: after an outage, from an offline cluster, or all."""
+
+    directory: str = option(
+        "runs", positional=True, metavar="RUNS", help="a directory of runs, of grids, or one run"
+    )
+
+
+@dataclass(frozen=True)
+class ReportOptions(TrackOptions):
     """Write the paper's table and its Fig. 6 from what was trained so far."""
 
-    directory: str = option(metavar="RUNS", help="a directory of runs, of grids, or one run")
+    directory: str = option(
+        "runs", positional=True, metavar="RUNS", help="a directory of runs, of grids, or one run"
+    )
     out: str = option("report", metavar="DIR", help="the directory to write to")
     watch: bool = option(False, help="write it again as runs go on, until all are done")
     models: str = option(
@@ -129,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "status": (GridStatusOptions, grid_status),
             },
             "report": (ReportOptions, report),
+            "track": {"push": (PushOptions, track_push)},
             "bench": (BenchOptions, bench),
             "audit": (AuditOptions, audit),
         },
@@ -198,16 +215,17 @@ def prepare(options: PrepareOptions) -> ExitCode:
 def train(options: TrainOptions) -> ExitCode:
     """Train one run, unless it is done."""
     end_with_launcher()
+    plans = make_plans(options, os.environ)
     data_directory, directory = find_run(options)
     # Of several processes, one must not leave for a result that the others came too early to see.
     if not is_alone() or directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
-        code = train_run(options, directory, lambda: datasets.load_dataset(data_directory))
+        code = train_run(options, directory, lambda: datasets.load_dataset(data_directory), plans)
         if code is not ExitCode.DONE:
             return code
     if is_main_process():
-        print(result_line(directory))
+        print(result_lines(directory))
     return ExitCode.DONE
 
 
@@ -247,10 +265,22 @@ def grid_status(options: GridStatusOptions) -> ExitCode:
     return local.show(find_grid(options), watch=options.watch, as_json_=options.json)
 
 
+def track_push(options: PushOptions) -> ExitCode:
+    """Copy what is missing."""
+    from resnet_ddp.tracking.push import push
+
+    plans = make_plans(options, os.environ)
+    return push(Path(options.directory), [plan for plan in plans if not plan.offline])
+
+
 def report(options: ReportOptions) -> ExitCode:
     """Write the report and print its table."""
-    from resnet_ddp.report.write import write
+    from resnet_ddp.report.write import track, write
 
+    # Only if asked: a report is often looked at, and seldom worth an entry there.
+    plans = make_plans(options, os.environ) if options.track is not None else ()
+    if any(plan.tracker != WANDB for plan in plans):
+        raise UserError("report --track: it goes to wandb only")
     models, seeds = read_models(options.models), read_seeds(options.seeds)
     out = Path(options.out)
     code = write(Path(options.directory), out, models=models, seeds=seeds)
@@ -259,6 +289,8 @@ def report(options: ReportOptions) -> ExitCode:
         code = write(Path(options.directory), out, models=models, seeds=seeds)
     print((out / "table.md").read_text())
     print(out / "report.html")
+    for plan in plans:
+        track(Path(options.directory), out, plan, models=models, seeds=seeds)
     return code
 
 
@@ -357,10 +389,47 @@ def find_data(data: str) -> Path:
     return directory
 
 
-def result_line(directory: RunDirectory) -> str:
-    """Say how a finished run came out."""
+def result_lines(directory: RunDirectory) -> str:
+    """Say how a finished run came out: its error beside the paper's, its time, and where it is."""
     result = directory.result() or {}
     rate = result.get("test_error_rate")
     error = f"{rate:.2%}" if isinstance(rate, float) and 0 <= rate <= 1 else "unknown"
-    iterations = shown(result.get("iterations"))
-    return f"done: test error {error} after {iterations} iterations, {directory.path}"
+    iterations = result.get("iterations")
+    if isinstance(iterations, int):
+        iterations = f"{iterations:,}"
+    return "\n".join(
+        [
+            f"done: test error {error} after {shown(iterations)} iterations; {beside(directory)}",
+            f"time: {training_time(directory.path)}",
+            f"in {directory.path}",
+        ]
+    )
+
+
+def beside(directory: RunDirectory) -> str:
+    """Say what the paper has for this network, and whether it may be compared."""
+    cell = directory.cell
+    published = HE_ET_AL.get(cell.model)
+    if published is None:
+        return "the paper has no such network"
+    differs = []
+    if cell.recipe.fields() != HE2015.fields():
+        differs.append(f"by {HE2015.name}")
+    if not cell.data.original:
+        differs.append("on the original CIFAR-10")
+    only = f", {' and '.join(differs)}" if differs else ""
+    return f"He et al.: {published}%{only}"
+
+
+def training_time(path: Path) -> str:
+    """Return how long a run's steps took, and how fast they were, as far as it is known."""
+    try:
+        run = read_run(path)
+    except (UserError, OSError):
+        return "unknown"
+    if run.training_seconds is None:
+        return "unknown"
+    images = run.iterations * run.config["recipe_fields"]["batch_size"]
+    speed = images / run.training_seconds
+    duration = timedelta(seconds=round(run.training_seconds))
+    return f"{duration} in training steps, {speed:,.0f} images/s"

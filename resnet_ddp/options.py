@@ -54,8 +54,26 @@ def option(
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Train one network by one recipe, or go on where the same command was interrupted."""
+class TrackOptions:
+    """Where runs can be followed."""
+
+    track: str | None = option(
+        None,
+        metavar="LIST",
+        help="wandb, tensorboard, none; default: wandb if logged in or WANDB_MODE says so",
+    )
+    wandb_project: str | None = option(
+        None, metavar="NAME", help="default: WANDB_PROJECT, or resnet-ddp"
+    )
+    wandb_entity: str | None = option(None, metavar="NAME", help="default: WANDB_ENTITY, or yours")
+    wandb_tags: str | None = option(None, metavar="LIST", help="default: WANDB_TAGS")
+    wandb_notes: str | None = option(None, metavar="TEXT", help="default: WANDB_NOTES")
+    wandb_weights: bool = option(False, help="copy the final weights and their card there, too")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """One run: what is trained, and how."""
 
     model: str = option(
         metavar="MODEL", choices=ARCHITECTURES, help="resnet20, resnet56, resnet110, plain20, ..."
@@ -101,6 +119,12 @@ class TrainOptions:
     max_minutes: float | None = option(
         None, minimum=0, metavar="M", help="save and exit 85 in time to be gone after M minutes"
     )
+    quiet: bool = option(False, help="show no progress, only the lines that matter")
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrackOptions, RunOptions):
+    """Train one network by one recipe, or go on where the same command was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +155,8 @@ class GridOptions:
 
 
 @dataclass(frozen=True)
-class GridRunOptions(GridOptions):
-    """Train all runs of a grid on this machine, or go on with those that are not done."""
+class LocalGridOptions(GridOptions):
+    """A grid, and how it is trained on this machine."""
 
     devices: str = option(
         "auto", metavar="LIST", help="cuda, or cuda:0,cuda:2, mps, cpu; default: all GPUs, else cpu"
@@ -152,6 +176,11 @@ class GridRunOptions(GridOptions):
         None, minimum=0, metavar="M", help="have all runs save and stop in time to be gone then"
     )
     dry_run: bool = option(False, help="show the plan, start nothing")
+
+
+@dataclass(frozen=True)
+class GridRunOptions(TrackOptions, LocalGridOptions):
+    """Train all runs of a grid on this machine, or go on with those that are not done."""
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,24 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def settled_bytes(path: Path) -> int:
+    """Return how much of a run's metrics.jsonl no later life will cut off again.
+
+    Raises:
+        UserError: a manifest or the result is damaged.
+        OSError: metrics.jsonl cannot be read.
+    """
+    if read_object(path / "result.json") is not None:
+        return (path / "metrics.jsonl").stat().st_size
+    newest_first = sorted((path / "checkpoints").glob("iteration-*"), reverse=True)
+    for checkpoint in newest_first:
+        manifest = read_object(checkpoint / "manifest.json")
+        length = None if manifest is None else manifest.get("metrics_bytes")
+        if isinstance(length, int):
+            return length
+    return 0
+
+
 def shown(value: object, *, limit: int = 80) -> str:
     """Return a value that may have come from a damaged file as a piece of one line.
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,32 +21,32 @@ from resnet_ddp import __version__, cadence, checkpoint, machine, processes
 from resnet_ddp.cadence import Cadence, is_due
 from resnet_ddp.checkpoint import Checkpoints, Progress
 from resnet_ddp.datasets import Dataset
+from resnet_ddp.display import Display, NoDisplay, make_display
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, NotFiniteError, TemporaryError
 from resnet_ddp.experiment import Experiment, build_experiment
 from resnet_ddp.launcher import is_main_process
+from resnet_ddp.logs import JsonLines, NoLines, Throughput
 from resnet_ddp.models import num_parameters
 from resnet_ddp.options import TrainOptions
 from resnet_ddp.runs import IDENTITY, RunDirectory, Settings
 from resnet_ddp.stop import Deadline, StopRequest, slurm_deadline
-from resnet_ddp.tracking import (
-    Display,
-    JsonLines,
-    NoDisplay,
-    NoLines,
-    Throughput,
-    make_display,
-)
+from resnet_ddp.tracking.mirror import Mirrors
+from resnet_ddp.tracking.plan import Plan
 
 
 def train(
-    options: TrainOptions, directory: RunDirectory, load_data: Callable[[], Dataset]
+    options: TrainOptions,
+    directory: RunDirectory,
+    load_data: Callable[[], Dataset],
+    plans: Sequence[Plan] = (),
 ) -> ExitCode:
     """Train one run to its end, or go on with it.
 
     Args:
         directory: where the run lies; its identity has been checked.
         load_data: returns the data, verified.
+        plans: what it is tracked with.
 
     Returns:
         DONE or STOPPED.
@@ -69,7 +69,7 @@ def train(
             code = ExitCode.DONE  # another launch was quicker
             if settings is not None:
                 with disk_errors_named(), processes.losses_named(state):
-                    code = train_alone(options, directory, data, device, settings, stop)
+                    code = train_alone(options, directory, data, device, settings, stop, plans)
         except BaseException as error:
             if state.is_main_process:
                 record_failure(directory, error)
@@ -106,6 +106,7 @@ def train_alone(
     device: str,
     settings: Settings,
     stop: StopRequest,
+    plans: Sequence[Plan],
 ) -> ExitCode:
     """Train the run that lies in a directory which is ours alone."""
     state, recipe = PartialState(), directory.cell.recipe
@@ -145,7 +146,8 @@ def train_alone(
             settings, world_size=state.num_processes, environment=environment
         ),
     )
-    return live(Run(directory, experiment), due, environment, stop)
+    run = Run(directory, experiment, quiet=options.quiet, plans=plans)
+    return live(run, due, environment, stop)
 
 
 def stop_request(options: TrainOptions, directory: RunDirectory) -> StopRequest:
@@ -179,10 +181,17 @@ def fitting_settings(options: TrainOptions, directory: RunDirectory, device: str
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment and the directory that its records go to."""
+    """An experiment, the directory that its records go to, and who is told of it.
+
+    Attributes:
+        quiet: no progress is shown.
+        plans: what it is tracked with.
+    """
 
     directory: RunDirectory
     experiment: Experiment
+    quiet: bool = False
+    plans: Sequence[Plan] = ()
 
     @property
     def state(self) -> PartialState:
@@ -252,12 +261,16 @@ def live(run: Run, due: Cadence, environment: dict[str, Any], stop: StopRequest)
         leaving.enter_context(stop.listening())
         progress = run.resume()
         metrics, timing, display = records(run, progress, due)
-        for thing in (metrics, timing, display):
+        plans = run.plans if run.state.is_main_process else ()
+        mirrors = Mirrors(run.directory.path, plans, display.note)
+        for thing in (metrics, timing, display, mirrors):
             leaving.callback(thing.close)
         start = progress.iteration
         record_start(run, start, environment, timing, display)
         iteration = loop(run, start, due, metrics, timing, display, stop)
         if iteration == due.total and finish(run, metrics, stop):
+            run.directory.release()  # done: nobody else needs to wait for a tracker
+            mirrors.finish()
             return ExitCode.DONE
         asked = iteration < due.last or iteration == due.total
         reason = (stop.reason or "another process") if asked else "--stop-after"
@@ -279,7 +292,7 @@ def records(run: Run, progress: Progress, due: Cadence) -> tuple[JsonLines, Json
     return (
         JsonLines(directory.metrics_path, length=progress.metrics_bytes, check_lease=check_lease),
         JsonLines(directory.timing_path, check_lease=check_lease),
-        make_display(name, start=progress.iteration, total=due.total),
+        make_display(name, start=progress.iteration, total=due.total, quiet=run.quiet),
     )
 
 

@@ -21,7 +21,22 @@ from resnet_ddp.recipe import RECIPES, Recipe
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = Recipe(name="short", iterations=12, batch_size=16, batchnorm_group=16, drops=(6, 9))
 # What a launcher around the tests may have set, and must not reach the commands.
-LAUNCHERS = ("ACCELERATE_", "MASTER_", "OMP_", "RANK", "LOCAL_", "WORLD_SIZE", "PYTHON")
+# And what would have the tests' runs tracked where the developer's are.
+LAUNCHERS = (
+    "WANDB_",
+    "NETRC",
+    "ACCELERATE_",
+    "MASTER_",
+    "OMP_",
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "PYTHON",
+)
+
+for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
+    del os.environ[name]
+os.environ["WANDB_MODE"] = "disabled"  # whoever runs the tests may be logged in
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,7 +106,8 @@ def train(short: Recipe, small_data: Path, tmp_path: Path) -> Train:
 def environment(home: Path, **extra: str) -> dict[str, str]:
     """This environment without launchers' variables and without the user's own configuration."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
-    return kept | {"HF_HOME": str(home), "COLUMNS": "200"} | extra
+    untracked = {"WANDB_MODE": "disabled"}
+    return kept | untracked | {"HF_HOME": str(home), "COLUMNS": "200"} | extra
 
 
 Command = Callable[..., subprocess.Popen[str]]

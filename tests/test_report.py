@@ -18,8 +18,8 @@ from conftest import Command
 from resnet_ddp.cli import main
 from resnet_ddp.exits import ExitCode, UserError
 from resnet_ddp.recipe import RECIPES
+from resnet_ddp.records import find_runs, read_run
 from resnet_ddp.report import figure
-from resnet_ddp.report.records import find_runs, read_run
 from resnet_ddp.report.summary import Comparison, Sample, summarise, welch
 from resnet_ddp.report.table import as_latex, as_markdown, headline
 from resnet_ddp.report.write import summaries_of

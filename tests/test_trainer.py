@@ -17,7 +17,7 @@ from conftest import SHORT, Train
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resnet_ddp import durable, tracking
+from resnet_ddp import durable, logs
 from resnet_ddp.batches import Batches
 from resnet_ddp.cli import main
 from resnet_ddp.evaluate import Pause
@@ -264,9 +264,9 @@ def test_a_full_disk_is_temporary(
         if full[0] and path.name in (file, "status.json"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    write, write_bytes = tracking.JsonLines.write, durable.write_bytes
+    write, write_bytes = logs.JsonLines.write, durable.write_bytes
 
-    def write_line(lines: tracking.JsonLines, **values: Any) -> None:
+    def write_line(lines: logs.JsonLines, **values: Any) -> None:
         fail_for(lines.path)
         write(lines, **values)
 
@@ -274,7 +274,7 @@ def test_a_full_disk_is_temporary(
         fail_for(path)
         write_bytes(path, content)
 
-    monkeypatch.setattr(tracking.JsonLines, "write", write_line)
+    monkeypatch.setattr(logs.JsonLines, "write", write_line)
     monkeypatch.setattr(durable, "write_bytes", write_whole)
     assert train(*FINISHED, "--save-every", "3") == 75
     assert "No space left" in capsys.readouterr().err

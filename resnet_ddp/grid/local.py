@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from resnet_ddp.grid.slots import Slot, find_slots
 from resnet_ddp.grid.states import State, States, read_states, seconds_left
 from resnet_ddp.grid.supervisor import Supervisor
 from resnet_ddp.lease import Observer
-from resnet_ddp.options import GridRunOptions, LocalTrainOptions, as_arguments
+from resnet_ddp.options import GridRunOptions, LocalTrainOptions, TrackOptions, as_arguments
 from resnet_ddp.stop import Deadline, StopRequest, slurm_deadline
 
 WATCH_INTERVAL = 2.0  # seconds
@@ -103,6 +104,7 @@ def train_options(
         save_every=options.save_every,
         max_minutes=minutes,
         processes=options.processes_per_run,
+        **{field.name: getattr(options, field.name) for field in fields(TrackOptions)},
     )
 
 

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from resnet_ddp.architectures import ARCHITECTURES
-from resnet_ddp.report.records import RunRecord
+from resnet_ddp.records import RunRecord
 from resnet_ddp.report.summary import Summary
 from resnet_ddp.runs import shown
 

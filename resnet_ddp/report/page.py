@@ -21,8 +21,8 @@ from resnet_ddp.exits import UserError
 from resnet_ddp.grid.states import RunState, State, read_state
 from resnet_ddp.lease import Observer
 from resnet_ddp.recipe import RECIPES
+from resnet_ddp.records import Curve, RunRecord, Skipped
 from resnet_ddp.report.figure import top_of
-from resnet_ddp.report.records import Curve, RunRecord, Skipped
 from resnet_ddp.report.summary import Summary
 from resnet_ddp.report.table import HEADER, headline, rows_of
 from resnet_ddp.runs import shown

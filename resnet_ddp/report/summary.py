@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from scipy.special import stdtr, stdtrit
 
 from resnet_ddp.architectures import ARCHITECTURES
-from resnet_ddp.report.records import Group, RunRecord
+from resnet_ddp.records import Group, RunRecord
 
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from resnet_ddp.report.published import HE_ET_AL, NABLA0001, Published
-from resnet_ddp.report.records import LONGEST
+from resnet_ddp.published import HE_ET_AL, NABLA0001, Published
+from resnet_ddp.records import LONGEST
 from resnet_ddp.report.summary import Row, Sample, Summary
 from resnet_ddp.runs import shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -9,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnet_ddp import durable
-from resnet_ddp.exits import ExitCode, UserError
+from resnet_ddp.exits import ExitCode, TemporaryError, UserError
+from resnet_ddp.records import LONGEST, Group, RunRecord, Skipped, find_runs
 from resnet_ddp.report import figure, table
 from resnet_ddp.report.page import page
-from resnet_ddp.report.records import Group, RunRecord, Skipped, find_runs
 from resnet_ddp.report.summary import Summary, summarise
+from resnet_ddp.runs import shown
+from resnet_ddp.tracking.plan import Plan
+from resnet_ddp.tracking.weights_and_biases import log_report
 
 
 def write(runs: Path, out: Path, *, models: Sequence[str], seeds: Sequence[int]) -> ExitCode:
@@ -51,6 +55,33 @@ def write(runs: Path, out: Path, *, models: Sequence[str], seeds: Sequence[int])
         durable.write_bytes(out / name, content)
     is_complete = all(summary.is_complete for summary in summaries) and not skipped
     return ExitCode.DONE if is_complete else ExitCode.INCOMPLETE
+
+
+def track(
+    runs: Path, out: Path, plan: Plan, *, models: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Log the table and the figure of each group, as they were written, to Weights & Biases.
+
+    Raises:
+        TemporaryError: it cannot be reached, or does not take them.
+    """
+    summaries = summaries_of(find_runs(runs)[0], models, seeds)
+    for name, summary in zip(names(summaries), summaries, strict=True):
+        try:
+            where = log_report(
+                list(map(str, dataclasses.astuple(summary.group))),
+                plan,
+                header=table.HEADER,
+                rows=table.rows_of(summary),
+                picture=out / f"{name}.png",
+                directory=out,
+            )
+        except Exception as error:  # W&B's own, and those of all that it stands on
+            raise TemporaryError(
+                f"wandb: {type(error).__name__}: {shown(error, limit=LONGEST)}; "
+                f"the report is in {out}, and the same command tries again"
+            ) from error
+        print(f"wandb: {where}")
 
 
 def summaries_of(
