@@ -1,7 +1,5 @@
 """What a grid of runs came to: the paper's table, its Fig. 6. Nothing here imports torch.
 
-records.py      runs as they lie there, damaged ones named and left out
-published.py    what others reported
 summary.py      mean, deviation, interval of each model; the degradation statement
 table.py        the table, in four formats
 figure.py       Fig. 6
