@@ -31,6 +31,7 @@ from resnet_ddp.cli import (
     AuditOptions,
     BenchOptions,
     PrepareOptions,
+    PushOptions,
     ReportOptions,
     main,
     train_main,
@@ -78,7 +79,8 @@ COMMANDS: dict[str, tuple[type[Any], str, str]] = {  # options, what is needed, 
         "resnet20 --data prepared",
         "--seed=3 --data=shapes --data=cifar10 --data=damaged --recipe=he2015-tiny --runs=file "
         "--grid=g --precision=fp32 --device=cpu --compile --no-compile --threads=2 --log-every=7 "
-        "--stop-after=5 --max-minutes=1.5 --processes=2",
+        "--stop-after=5 --max-minutes=1.5 --processes=2 --quiet --track=wandb --track=none "
+        "--wandb-project=p --wandb-tags=a,b --wandb-weights",
     ),
     "bench": (
         BenchOptions,
@@ -97,6 +99,7 @@ COMMANDS: dict[str, tuple[type[Any], str, str]] = {  # options, what is needed, 
         "--models=plain20 --seeds=0,7 --runs=file --runs=loop --grid=g --json --watch",
     ),
     "report": (ReportOptions, "images --out new", "--models=plain20 --seeds=0 --watch"),
+    "track push": (PushOptions, "images", "--track=wandb --track=none --wandb-entity=e prepared"),
     "audit": (AuditOptions, "--device auto", "images --processes=2 --device=cpu --json"),
 }
 NUMBERS = ["0", "1", "2", "-1", "1025", "4294967295", "4294967296", "9" * 5000, "1e3", "nan", "٣"]
@@ -168,7 +171,9 @@ class ImpatientTime:
 def cheap_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes minutes ends at once, and there is no network."""
 
-    def train(_options: object, _directory: object, load_data: Callable[[], Dataset]) -> ExitCode:
+    def train(
+        _options: object, _directory: object, load_data: Callable[[], Dataset], _plans: object
+    ) -> ExitCode:
         load_data()
         return ExitCode.DONE
 
