@@ -33,6 +33,7 @@ class Plan:
         tracker: which one it is.
         offline: W&B writes files only.
         weights: the final weights are to be copied, too.
+        live: the run is being trained beside it, and the load of its machine is of interest.
     """
 
     tracker: str
@@ -42,6 +43,7 @@ class Plan:
     tags: tuple[str, ...]
     notes: str | None
     weights: bool
+    live: bool = True
 
     def as_line(self) -> str:
         """Return it as a line for another process."""

@@ -72,35 +72,33 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     directory, life = Path(argv[0]), Lifeline()
-    with open(directory / f".{life.plan.tracker}.lock", "a") as lock:
-        if not _lock(lock.fileno(), life.is_done):
-            say(life.plan, "another process is at it")
-            return ExitCode.TEMPORARY
-        return copy(directory, life.plan, life.is_done)
-
-
-def copy(directory: Path, plan: Plan, is_done: threading.Event) -> ExitCode:
-    """Copy rows as they settle, and what is left once the run is done.
-
-    Returns:
-        DONE, or TEMPORARY if the tracker failed: another process may go on where it stands.
-    """
-    rows = Rows(directory)
     # Whatever goes wrong, in a tracker or on the disk, is a line and another attempt.
     try:
-        tracker = open_tracker(directory, plan)
-        say(plan, tracker.where)
-        is_last = False
-        while not is_last:
-            is_last = is_done.wait(POLL)
-            settled = rows.read()
-            for row in range(tracker.next_row, len(settled)):
-                tracker.log(row, settled[row])
-        tracker.finish(rows.summary())
+        with open(directory / f".{life.plan.tracker}.lock", "a") as lock:
+            if _lock(lock.fileno(), life.is_done):
+                copy(directory, life.plan, life.is_done)
+                return ExitCode.DONE
+        say(life.plan, "another process is at it")
     except Exception as error:
-        say(plan, f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}")
-        return ExitCode.TEMPORARY
-    return ExitCode.DONE
+        say(life.plan, f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}")
+    return ExitCode.TEMPORARY
+
+
+def copy(directory: Path, plan: Plan, is_done: threading.Event) -> None:
+    """Copy rows as they settle, and what is left once the run is done.
+
+    Raises:
+        Exception: the tracker's, or the disk's; another process may go on where it stands.
+    """
+    rows, tracker = Rows(directory), open_tracker(directory, plan)
+    say(plan, tracker.where)
+    is_last = False
+    while not is_last:
+        is_last = is_done.wait(POLL)
+        settled = rows.read()
+        for row in range(tracker.next_row, len(settled)):
+            tracker.log(row, settled[row])
+    tracker.finish(rows.summary())
 
 
 def open_tracker(directory: Path, plan: Plan) -> Tracker:

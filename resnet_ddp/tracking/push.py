@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -28,7 +29,10 @@ def push(directory: Path, plans: Sequence[Plan], *, limit: float = LIMIT) -> Exi
         UserError: there is nothing to copy, or nowhere to copy it to.
     """
     if not plans:
-        raise UserError("nowhere to copy to: run wandb login, or name --track tensorboard")
+        raise UserError(
+            "nowhere to copy to: run wandb login (and have WANDB_MODE say nothing else), or name "
+            "--track tensorboard"
+        )
     runs, skipped = find_runs(directory)
     for one in skipped:
         print(f"{one.path}: left out, {one.reason}", file=sys.stderr)
@@ -37,7 +41,8 @@ def push(directory: Path, plans: Sequence[Plan], *, limit: float = LIMIT) -> Exi
     missing = 0
     for run in runs:
         for plan in plans:
-            missing += not Mirror(run.path, plan, partial(_say, run.path)).finish(limit)
+            later = dataclasses.replace(plan, live=False)
+            missing += not Mirror(run.path, later, partial(_say, run.path)).finish(limit)
     total = len(runs) * len(plans)
     print(f"{total - missing} of {total} copied")
     return ExitCode.TEMPORARY if missing else ExitCode.DONE

@@ -73,7 +73,7 @@ class WandbTracker:
             config=config,
             dir=str(self._files),
             mode="offline" if plan.offline else "online",
-            settings=settings(),
+            settings=settings(live=plan.live),
         )
         self._run.define_metric("iteration", hidden=True)
         self._run.define_metric("*", step_metric="iteration")
@@ -189,7 +189,7 @@ def log_report(
             notes=plan.notes,
             dir=str(os.environ.get("WANDB_DIR", directory)),
             mode="offline" if plan.offline else "online",
-            settings=settings(),
+            settings=settings(live=False),
         )
         table = wandb.Table(columns=list(header), data=[list(row) for row in rows])
         run.log({"table": table, "fig6": wandb.Image(str(picture))})
@@ -212,7 +212,7 @@ def _ask(url: str, key: str, query: str, variables: dict[str, Any]) -> Any:
         return json.load(answer)
 
 
-def settings() -> Any:
+def settings(*, live: bool) -> Any:
     """Return how W&B is to behave: quietly, and beside a run that must not notice it."""
     import wandb
 
@@ -224,5 +224,6 @@ def settings() -> Any:
         finish_timeout=FINISH_TIMEOUT,
         finish_timeout_raises=True,
         x_save_requirements=False,  # config.json names the versions that matter
+        x_disable_stats=not live,
         x_stats_pid=os.getppid(),  # the training process
     )
