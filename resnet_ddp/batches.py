@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_ddp.augment import Normalisation, as_network_input, crop_and_flip, draw
+from resnet_ddp import beton
+from resnet_ddp.augment import Images, Normalisation, as_network_input, crop_and_flip, draw
+from resnet_ddp.beton import MappedImages
 from resnet_ddp.counter_rng import Stream, philox4x32
 from resnet_ddp.recipe import Recipe
 
@@ -79,11 +81,33 @@ def share(batch_size: int, *, rank: int, world_size: int) -> slice:
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
+class ImagesInFile:
+    """Images that stay in their file, had on the device when asked for; see `Images`."""
+
+    def __init__(self, images: MappedImages, device: torch.device) -> None:
+        self.images = images
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, which: Tensor | slice, /) -> Tensor:
+        chosen = which.cpu().numpy() if isinstance(which, Tensor) else which
+        return torch.from_numpy(self.images[chosen]).to(self.device)
+
+
+def as_on_device(images: beton.Images, device: torch.device) -> Images:
+    """Put images on the device, or leave them in their file if that is where they are."""
+    if isinstance(images, MappedImages):
+        return ImagesInFile(images, device)
+    return torch.from_numpy(images).to(device)
+
+
 class Batches:
     """`batches(iteration)` -> this rank's images and labels, made on the device.
 
     Args:
-        images: (N, 32, 32, 3) uint8, the whole training file, on the device.
+        images: (N, 32, 32, 3) uint8, the whole training file.
         labels: (N,) int64, on the device.
         samples: (n,) int64, the image numbers to train on.
         normalise: of the recipe and this data.
@@ -96,7 +120,7 @@ class Batches:
         recipe: Recipe,
         *,
         seed: int,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         samples: Tensor,
         normalise: Normalisation,
@@ -114,9 +138,19 @@ class Batches:
         self.normalise = normalise
         self.samples_per_pass = len(samples)
         # 33 MB for 64,000 iterations; with it, picking a batch is one look-up on the device.
-        self.order = sample_order(recipe, seed=seed, samples=samples, device=images.device)
+        self.order = sample_order(recipe, seed=seed, samples=samples, device=labels.device)
         self.share = share(recipe.batch_size, rank=rank, world_size=world_size)
-        self.places = torch.arange(recipe.batch_size, device=images.device)[self.share]
+        self.places = torch.arange(recipe.batch_size, device=labels.device)[self.share]
+
+    def seek(self, iteration: int) -> None:
+        """Hear which iteration comes next, when it is not the one after the last."""
+
+    def close(self) -> None:
+        """Give back what a thread or a file took."""
+
+    def load(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (b, 32, 32, 3) uint8 and labels (b,) int64 of this rank's image numbers."""
+        return self.images[samples], self.labels[samples]
 
     def samples_at(self, iteration: int | Tensor) -> Tensor:
         """Return this rank's image numbers of one iteration, (b,) int64."""
@@ -132,10 +166,11 @@ class Batches:
         samples = self.samples_at(iteration)
         passes = (iteration * self.recipe.batch_size + self.places) // self.samples_per_pass
         draws = draw(self.recipe, seed=self.seed, passes=passes, samples=samples)
-        images = self.normalise(self.images[samples])
+        pixels, labels = self.load(samples)
+        images = self.normalise(pixels)
         images = crop_and_flip(images, draws, self.recipe.padding)
         images = as_network_input(images).to(self.dtype, memory_format=self.layout)
-        return images, self.labels[samples]
+        return images, labels
 
     def _on_device(self, iteration: int | Tensor) -> Tensor:
         if isinstance(iteration, Tensor):

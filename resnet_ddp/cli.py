@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from resnet_ddp import __version__, datasets, durable
+from resnet_ddp import __version__, datasets, durable, extras
 from resnet_ddp.architectures import ARCHITECTURES, PAPER_MODELS
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
@@ -221,7 +221,13 @@ def train(options: TrainOptions) -> ExitCode:
     if not is_alone() or directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
-        code = train_run(options, directory, lambda: datasets.load_dataset(data_directory), plans)
+        def load_data() -> datasets.Dataset:
+            is_mapped = options.data_path == "ffcv"
+            if is_mapped:
+                extras.import_ffcv()
+            return datasets.load_dataset(data_directory, mapped=is_mapped)
+
+        code = train_run(options, directory, load_data, plans)
         if code is not ExitCode.DONE:
             return code
     if is_main_process():
@@ -248,6 +254,8 @@ def find_run(options: TrainOptions) -> tuple[Path, RunDirectory]:
         Path(options.runs), Cell(grid, options.model, options.seed, recipe, data)
     )
     directory.check_identity()
+    if options.data_path == "ffcv" and directory.result() is None:
+        extras.check_ffcv()
     return data_directory, directory
 
 

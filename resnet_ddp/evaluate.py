@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from resnet_ddp.augment import Normalisation, as_network_input
+from resnet_ddp.augment import Images, Normalisation, as_network_input
 
 BLOCK = 500  # images in a forward pass: fixed, so that rounding does not depend on the processes
 ROUND = 4  # blocks of each process between two pauses
@@ -27,7 +27,7 @@ def never() -> None:
 def error_rate(
     model: nn.Module,
     *,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     samples: Tensor,
     normalise: Normalisation,

@@ -23,7 +23,7 @@ class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, data: Dataset, transform: Any) -> None:
         from PIL import Image
 
-        self.images, self.labels = data.train_images, data.train_labels
+        self.images, self.labels = data.train_images[:], data.train_labels
         self.from_array, self.transform = Image.fromarray, transform
 
     def __len__(self) -> int:
