@@ -281,7 +281,8 @@ def open_beton(path: str | os.PathLike[str]) -> tuple[MappedImages, NDArray[np.i
 def _decode(path: Path, mapped: NDArray[np.uint8]) -> tuple[MappedImages, NDArray[np.int64]]:
     header = _items(mapped, 0, 1, _HEADER, "header")[0]
     if header["version"] != VERSION:
-        raise _UnreadableError(f"it is no .beton file of version {VERSION}")
+        older = f", but of {header['version']}" if header["version"] < VERSION else ""
+        raise _UnreadableError(f"it is no .beton file of version {VERSION}{older}")
     num_samples, page_size = int(header["num_samples"]), int(header["page_size"])
     if num_samples == 0:
         raise _UnreadableError("it holds no samples")
@@ -345,8 +346,9 @@ def _image_shape(images: NDArray[Any]) -> tuple[int, int]:
     if (not_raw := np.flatnonzero(images["mode"] != _RAW)).size:
         if images["mode"][not_raw[0]] == _JPG:
             raise _UnreadableError(
-                f"sample {not_raw[0]} is a jpg, which decodes differently from library to library; "
-                "write it with write_mode='raw'"
+                f"sample {not_raw[0]} is a jpg, as the write modes jpg, smart and proportion make "
+                "them, which decodes differently from library to library; write it with "
+                "write_mode='raw'"
             )
         raise _UnreadableError(f"it is damaged (the record of sample {not_raw[0]})")
     height, width = int(images["height"][0]), int(images["width"][0])
