@@ -15,8 +15,8 @@ from resnet_ddp.exits import UserError
 FFCV_MODULES: Final = ("ffcv", "ffcv.loader", "ffcv.fields.decoders", "ffcv.transforms")
 # It is compiled against OpenCV and turbojpeg, which pip does not bring.
 INSTALL_FFCV: Final = (
-    "on Debian `apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev`, with conda "
-    "`conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo`, and then "
+    "on Debian `apt-get install g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev`, with "
+    "conda `conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo`, and then "
     '`pip install -e ".[ffcv]"`'
 )
 
