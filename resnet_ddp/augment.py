@@ -32,7 +32,10 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, which: Tensor | slice, /) -> Tensor: ...
+    def __getitem__(self, which: slice, /) -> Tensor: ...
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Return those of these numbers; of a tensor several times faster than by brackets."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from resnet_ddp import beton
 from resnet_ddp.augment import Images, Normalisation, as_network_input, crop_and_flip, draw
 from resnet_ddp.beton import MappedImages
 from resnet_ddp.counter_rng import Stream, philox4x32
+from resnet_ddp.kernels import Kernels
 from resnet_ddp.recipe import Recipe
 
 PERMUTED_AT_ONCE = 1 << 20  # numbers; bounds the memory that the orders take to compute
@@ -91,9 +92,13 @@ class ImagesInFile:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, which: Tensor | slice, /) -> Tensor:
-        chosen = which.cpu().numpy() if isinstance(which, Tensor) else which
-        return torch.from_numpy(self.images[chosen]).to(self.device)
+    def __getitem__(self, which: slice, /) -> Tensor:
+        return torch.from_numpy(self.images[which]).to(self.device)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Return the images of these numbers (n,), (n, H, W, 3)."""
+        assert dim == 0
+        return torch.from_numpy(self.images[index.cpu().numpy()]).to(self.device)
 
 
 def as_on_device(images: beton.Images, device: torch.device) -> Images:
@@ -113,6 +118,7 @@ class Batches:
         normalise: of the recipe and this data.
         dtype, layout: of the images that come out; normalised in float32, rows of pixels,
             whatever they are.
+        kernels: to augment with on a CPU; the bits are the same without.
     """
 
     def __init__(
@@ -128,7 +134,9 @@ class Batches:
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
         layout: torch.memory_format = torch.channels_last,
+        kernels: Kernels | None = None,
     ) -> None:
+        self.kernels = kernels
         self.dtype = dtype
         self.layout = layout
         self.recipe = recipe
@@ -148,9 +156,9 @@ class Batches:
     def close(self) -> None:
         """Give back what a thread or a file took."""
 
-    def load(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images (b, 32, 32, 3) uint8 and labels (b,) int64 of this rank's image numbers."""
-        return self.images[samples], self.labels[samples]
+    def load(self, samples: Tensor) -> tuple[Images, Tensor, Tensor]:
+        """Return images, which of them are those of these numbers (b,), and their labels (b,)."""
+        return self.images, samples, self.labels[samples]
 
     def samples_at(self, iteration: int | Tensor) -> Tensor:
         """Return this rank's image numbers of one iteration, (b,) int64."""
@@ -166,11 +174,15 @@ class Batches:
         samples = self.samples_at(iteration)
         passes = (iteration * self.recipe.batch_size + self.places) // self.samples_per_pass
         draws = draw(self.recipe, seed=self.seed, passes=passes, samples=samples)
-        pixels, labels = self.load(samples)
-        images = self.normalise(pixels)
-        images = crop_and_flip(images, draws, self.recipe.padding)
-        images = as_network_input(images).to(self.dtype, memory_format=self.layout)
-        return images, labels
+        images, which, labels = self.load(samples)
+        padding = self.recipe.padding
+        if self.kernels is not None and isinstance(images, Tensor):
+            crops = self.kernels.augment(images, which, draws, self.normalise, padding)
+        else:
+            pixels = images.index_select(0, which)
+            crops = crop_and_flip(self.normalise(pixels), draws, padding)
+        crops = as_network_input(crops).to(self.dtype, memory_format=self.layout)
+        return crops, labels
 
     def _on_device(self, iteration: int | Tensor) -> Tensor:
         if isinstance(iteration, Tensor):

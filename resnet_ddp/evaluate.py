@@ -53,7 +53,7 @@ def error_rate(
     for start in range(0, len(blocks), ROUND * world_size):
         for block in blocks[start : start + ROUND * world_size][rank::world_size]:
             with accelerator.autocast():
-                logits = model(as_network_input(normalise(images[block])).to(dtype))
+                logits = model(as_network_input(normalise(images.index_select(0, block))).to(dtype))
             errors += (logits.argmax(dim=1) != labels[block]).sum()
         pause()
     model.train(was_training)

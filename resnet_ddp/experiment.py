@@ -192,6 +192,7 @@ def build_experiment(
         world_size=world_size,
         dtype=dtype,
         layout=layout,
+        kernels=kernels,
     )
     parts = (prepared_model, prepared_optimizer, batches, accelerator, recipe)
     depth = ARCHITECTURES[model_name].depth

@@ -117,6 +117,7 @@ class LoadedBatches(Batches):
         batch_size = self.share.stop - self.share.start
         self._file = self.images.images
         self._loader = make_loader(self._file, batch_size, num_workers)
+        self._all = torch.arange(batch_size, device=self.labels.device)
         self._next = self._end = 0  # iterations: the one at hand, and that after the last told of
         self._epochs: list[Epoch] = []  # one at the most
         self._finalizer = weakref.finalize(self, _stop, self._epochs)
@@ -142,8 +143,8 @@ class LoadedBatches(Batches):
         _stop(self._epochs)
         self._end = self._next
 
-    def load(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next batch, which is that of these image numbers."""
+    def load(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next batch, which is that of these image numbers: images, 0..b-1, labels."""
         if self._next == self._end:
             self._start()
         try:
@@ -157,10 +158,11 @@ class LoadedBatches(Batches):
             ) from error
         self._next += 1
         pixels, labels = (
-            torch.from_numpy(loaded[field]).to(self.labels.device, copy=True)
+            # A copy by NumPy: torch would wake its threads for it.
+            torch.from_numpy(loaded[field].copy()).to(self.labels.device)
             for field in (self._file.image_field, self._file.label_field)
         )
-        return pixels, labels[:, 0]
+        return pixels, self._all, labels[:, 0]
 
     def _start(self) -> None:
         _stop(self._epochs)
