@@ -96,7 +96,11 @@ class BenchOptions:
     """Measure our speed side by side with a stock loop: all five networks, or one."""
 
     model: str | None = option(
-        None, metavar="MODEL", choices=ARCHITECTURES, positional=True, help="default: all five"
+        None,
+        metavar="MODEL",
+        choices=(*ARCHITECTURES, "data"),
+        positional=True,
+        help="default: all five; data: the ways to load images, without a network",
     )
     data: str = option("shapes", metavar="DIR", help="as for train")
     device: str = option("auto", choices=DEVICES, help="as for train")
@@ -317,6 +321,8 @@ def find_grid(options: GridOptions) -> Grid:
 def bench(options: BenchOptions) -> ExitCode:
     """Measure and print."""
     directory = find_data(options.data)
+    if options.model == "data":
+        return bench_data(options, directory)
     data = datasets.load_dataset(directory)
     from resnet_ddp import bench, machine
 
@@ -338,14 +344,37 @@ def bench(options: BenchOptions) -> ExitCode:
     result = bench.run(
         setting, directory, say=lambda line: print(line, file=sys.stderr, flush=True)
     )
-    as_json, table = json.dumps(result, indent=2), bench.markdown(result)
-    if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        durable.write_bytes(Path(options.out, "bench.json"), f"{as_json}\n".encode())
-        durable.write_bytes(Path(options.out, "bench.md"), f"{table}\n".encode())
-    print(as_json if options.json else table)
+    show(options, "bench", result, bench.markdown(result))
     training = result["training"]
     return ExitCode.DONE if training is None or training["within_tolerance"] else ExitCode.FAILED
+
+
+def bench_data(options: BenchOptions, directory: Path) -> ExitCode:
+    """Measure the ways to load images."""
+    if options.trace or options.compile:
+        raise UserError("bench data has no network: leave --trace and --compile away")
+    from resnet_ddp import bench_data, machine
+
+    setting = bench_data.Setting(
+        directory=directory,
+        device=machine.pick_device(options.device),
+        threads=options.threads or machine.pick_threads(),
+        turns=options.turns,
+        seconds=bench_data.QUICK_TURN if options.quick else bench_data.TURN,
+    )
+    result = bench_data.run(setting, say=lambda line: print(line, file=sys.stderr, flush=True))
+    show(options, "bench-data", result, bench_data.markdown(result))
+    return ExitCode.DONE
+
+
+def show(options: BenchOptions, name: str, result: dict[str, Any], table: str) -> None:
+    """Print what was measured, and write it where it was asked for."""
+    as_json = json.dumps(result, indent=2)
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        durable.write_bytes(Path(options.out, f"{name}.json"), f"{as_json}\n".encode())
+        durable.write_bytes(Path(options.out, f"{name}.md"), f"{table}\n".encode())
+    print(as_json if options.json else table)
 
 
 def audit(options: AuditOptions) -> int:
