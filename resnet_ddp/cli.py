@@ -56,13 +56,14 @@ class PrepareOptions:
 
     source: str = option(
         metavar="SOURCE",
-        choices=("folder", "cifar10", "cifar100"),
-        help="folder: images at train|test/<class>/*.png|jpg; cifar10, cifar100: as published",
+        choices=("folder", "beton", "cifar10", "cifar100"),
+        help="folder: images at train|test/<class>/*.png|jpg; beton: a folder with train.beton and "
+        "test.beton, as FFCV writes them; cifar10, cifar100: as published",
     )
     from_: str | None = option(
         None,
         metavar="PATH",
-        help="a folder or an archive (.tar, .tar.gz, .tar.xz, .zip); without it, download",
+        help="a folder, or an archive (.tar, .tar.gz, .tar.xz, .zip); without it, download",
     )
     to: str = option(None, metavar="DIR", required=True, help="the directory to make")
 
@@ -200,12 +201,18 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
 def prepare(options: PrepareOptions) -> ExitCode:
     """Prepare a data set."""
     target = Path(options.to)
-    if options.source == "folder":
+    if options.source in ("folder", "beton"):
         if options.from_ is None:
-            raise UserError("prepare folder needs --from PATH, a folder or an archive of images")
-        from resnet_ddp.sources import prepare_folder
+            what = {
+                "folder": "a folder or an archive of images",
+                "beton": "a folder with train.beton and test.beton",
+            }
+            raise UserError(f"prepare {options.source} needs --from PATH, {what[options.source]}")
+        from resnet_ddp import sources
 
-        print(prepare_folder(Path(options.from_), target))
+        is_folder = options.source == "folder"
+        bring = sources.prepare_folder if is_folder else sources.prepare_beton
+        print(bring(Path(options.from_), target))
         return ExitCode.DONE
     from resnet_ddp.cifar import download_and_prepare, prepare_cifar
 
