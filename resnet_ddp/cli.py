@@ -236,7 +236,12 @@ def train(options: TrainOptions) -> ExitCode:
             is_mapped = options.data_path == "ffcv"
             if is_mapped:
                 extras.import_ffcv()
-            return datasets.load_dataset(data_directory, mapped=is_mapped)
+            try:
+                return datasets.load_dataset(data_directory, mapped=is_mapped)
+            except MemoryError as error:
+                raise UserError(
+                    f"{data_directory} does not fit into memory; --data-path ffcv leaves it on disk"
+                ) from error
 
         code = train_run(options, directory, load_data, plans)
         if code is not ExitCode.DONE:

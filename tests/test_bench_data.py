@@ -43,6 +43,19 @@ def test_all_four(
     assert all(f"| {title} |" in table for title in CONTENDERS.values())
 
 
+class Still:
+    """Stands in for a process."""
+
+    def __init__(self, setting: Setting, name: str) -> None:
+        self.rate = 10.0 if name == "DataLoader" else 50.0
+
+    def turn(self, seconds: float) -> dict[str, float]:
+        return {"images_per_second": self.rate, "cpu_us_per_image": 1.0, "memory_mb": 1.0}
+
+    def close(self) -> None:
+        pass
+
+
 def test_without_ffcv_the_others_are_measured(
     short: None,
     small_data: Path,
@@ -50,20 +63,19 @@ def test_without_ffcv_the_others_are_measured(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_data, "Worker", Still)
     assert main([*COMMAND, "--data", str(small_data), "--json"]) == 0
     output, error = capsys.readouterr()
-    assert list(json.loads(output)["contenders"]) == ["DataLoader", "resident"]
+    contenders = json.loads(output)["contenders"]
+    assert {name: found["ratio"] for name, found in contenders.items()} == {
+        "DataLoader": 1,
+        "resident": 5,
+    }
     assert "left out what needs ffcv" in error and "libturbojpeg0-dev" in error
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "DataLoader",
-        "resident",
-        pytest.param("ffcv", marks=pytest.mark.ffcv),
-        pytest.param("ours", marks=pytest.mark.ffcv),
-    ],
+    "name", ["DataLoader", "resident", pytest.param("ffcv", marks=pytest.mark.ffcv)]
 )
 def test_a_contenders_batches_are_what_a_network_takes(
     name: str, small_data: Path, request: pytest.FixtureRequest
@@ -71,11 +83,10 @@ def test_a_contenders_batches_are_what_a_network_takes(
     if name in bench_data.NEED_FFCV:
         request.getfixturevalue("ffcv")
     batches = bench_data.batches_of(order(small_data, name))
-    for _ in range(3):
-        images, labels = next(batches)
-        assert images.shape == (128, 3, 32, 32) and images.dtype == torch.float32
-        assert labels.shape == (128,)
-        assert 0.5 < float(images.std()) < 1.5  # normalised, and padded
+    images, labels = next(batches)
+    assert images.shape == (128, 3, 32, 32) and images.dtype == torch.float32
+    assert labels.shape == (128,)
+    assert 0.5 < float(images.std()) < 1.5  # normalised, and padded
 
 
 def test_time_and_memory_of_a_process_and_its_children(short: None, small_data: Path) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import resource
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, Train
+from conftest import ROOT, SHORT, Train
 from torch import Tensor
 
 from resnet_ddp.augment import Normalisation
@@ -291,3 +295,41 @@ def test_a_mean_image_is_the_same_from_the_file(file: Path) -> None:
     images = open_beton(file)[0]
     from_file = Normalisation.pixel_mean(ImagesInFile(images, CPU))
     assert torch.equal(from_file.mean, Normalisation.pixel_mean(torch.from_numpy(images[:])).mean)
+
+
+def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that may hold so many bytes besides what it maps from files."""
+    return subprocess.run(
+        [sys.executable, "-m", "resnet_ddp", *arguments],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.slow
+def test_data_larger_than_memory(tmp_path: Path) -> None:
+    """Training holds some 0.7 GB itself, of which the images are no part."""
+    count, limit = 300_000, 1 << 30
+    noise = np.random.default_rng(0).integers(0, 256, 7 * count + 3072, np.uint8)
+    # Each image begins 7 bytes after the last: many of them in little memory.
+    images = np.lib.stride_tricks.as_strided(noise, (count, 32, 32, 3), (7, 96, 3, 1))
+    (tmp_path / "betons").mkdir()
+    write_beton(tmp_path / "betons" / "train.beton", images, np.arange(count) % 10)
+    write_beton(tmp_path / "betons" / "test.beton", images[:500], np.arange(500) % 10)
+    data = tmp_path / "data"
+    prepared = limited(
+        limit, "prepare", "beton", "--from", str(tmp_path / "betons"), f"--to={data}"
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    train = (
+        *("train", "resnet20", "--data", str(data), "--recipe", "he2015-smoke"),
+        *("--threads", "1", "--device", "cpu", "--precision", "fp32"),
+        *("--eval-every", "32", "--stop-after", "4", "--runs"),
+    )
+    ffcv = limited(limit, *train, str(tmp_path / "ffcv"), "--data-path", "ffcv")
+    assert ffcv.returncode == 85, ffcv.stderr
+    resident = limited(limit, *train, str(tmp_path / "resident"))
+    assert resident.returncode == 2 and "--data-path ffcv" in resident.stderr
+    shutil.rmtree(tmp_path)
