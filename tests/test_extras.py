@@ -13,8 +13,14 @@ from test_cli import assert_refused
 
 from resnet_ddp import extras
 from resnet_ddp.cli import main
+from resnet_ddp.datasets import read_record
 from resnet_ddp.exits import UserError
+from resnet_ddp.grid.cells import Grid
+from resnet_ddp.grid.local import train_options
+from resnet_ddp.grid.slots import Slot
 from resnet_ddp.machine import settle_capture
+from resnet_ddp.options import GridRunOptions
+from resnet_ddp.recipe import RECIPES
 
 WORDS = ("apt-get install g++ pkg-config", "libopencv-dev libturbojpeg0-dev", "conda", '".[ffcv]"')
 
@@ -95,3 +101,12 @@ def test_graphs_are_not_captured_around_a_loader(monkeypatch: pytest.MonkeyPatch
     assert not settle_capture("cuda", None, data_path="ffcv")
     with pytest.raises(UserError, match="--data-path resident"):
         settle_capture("cuda", True, data_path="ffcv")
+
+
+def test_a_grid_hands_the_data_path_on(small_data: Path, tmp_path: Path) -> None:
+    record = read_record(small_data)
+    grid = Grid(tmp_path, "g", ("resnet20",), (0,), RECIPES["he2015-smoke"])
+    (cell,) = grid.cells
+    slot = Slot("cpu", "cpu", threads=1)
+    options = GridRunOptions(data=record.name, data_path="ffcv")
+    assert train_options(options, grid, cell, slot, None).data_path == "ffcv"
