@@ -13,8 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_ddp.augment import Normalisation, as_network_input, crop_and_flip, draw
+from resnet_ddp import beton
+from resnet_ddp.augment import Images, Normalisation, as_network_input, crop_and_flip, draw
+from resnet_ddp.beton import MappedImages
 from resnet_ddp.counter_rng import Stream, philox4x32
+from resnet_ddp.kernels import Kernels
 from resnet_ddp.recipe import Recipe
 
 PERMUTED_AT_ONCE = 1 << 20  # numbers; bounds the memory that the orders take to compute
@@ -79,16 +82,43 @@ def share(batch_size: int, *, rank: int, world_size: int) -> slice:
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
+class ImagesInFile:
+    """Images that stay in their file, had on the device when asked for; see `Images`."""
+
+    def __init__(self, images: MappedImages, device: torch.device) -> None:
+        self.images = images
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, which: slice, /) -> Tensor:
+        return torch.from_numpy(self.images[which]).to(self.device)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Return the images of these numbers (n,), (n, H, W, 3)."""
+        assert dim == 0
+        return torch.from_numpy(self.images[index.cpu().numpy()]).to(self.device)
+
+
+def as_on_device(images: beton.Images, device: torch.device) -> Images:
+    """Put images on the device, or leave them in their file if that is where they are."""
+    if isinstance(images, MappedImages):
+        return ImagesInFile(images, device)
+    return torch.from_numpy(images).to(device)
+
+
 class Batches:
     """`batches(iteration)` -> this rank's images and labels, made on the device.
 
     Args:
-        images: (N, 32, 32, 3) uint8, the whole training file, on the device.
+        images: (N, 32, 32, 3) uint8, the whole training file.
         labels: (N,) int64, on the device.
         samples: (n,) int64, the image numbers to train on.
         normalise: of the recipe and this data.
         dtype, layout: of the images that come out; normalised in float32, rows of pixels,
             whatever they are.
+        kernels: to augment with on a CPU; the bits are the same without.
     """
 
     def __init__(
@@ -96,7 +126,7 @@ class Batches:
         recipe: Recipe,
         *,
         seed: int,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         samples: Tensor,
         normalise: Normalisation,
@@ -104,7 +134,9 @@ class Batches:
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
         layout: torch.memory_format = torch.channels_last,
+        kernels: Kernels | None = None,
     ) -> None:
+        self.kernels = kernels
         self.dtype = dtype
         self.layout = layout
         self.recipe = recipe
@@ -114,9 +146,19 @@ class Batches:
         self.normalise = normalise
         self.samples_per_pass = len(samples)
         # 33 MB for 64,000 iterations; with it, picking a batch is one look-up on the device.
-        self.order = sample_order(recipe, seed=seed, samples=samples, device=images.device)
+        self.order = sample_order(recipe, seed=seed, samples=samples, device=labels.device)
         self.share = share(recipe.batch_size, rank=rank, world_size=world_size)
-        self.places = torch.arange(recipe.batch_size, device=images.device)[self.share]
+        self.places = torch.arange(recipe.batch_size, device=labels.device)[self.share]
+
+    def seek(self, iteration: int) -> None:
+        """Hear which iteration comes next, when it is not the one after the last."""
+
+    def close(self) -> None:
+        """Give back what a thread or a file took."""
+
+    def load(self, samples: Tensor) -> tuple[Images, Tensor, Tensor]:
+        """Return images, which of them are those of these numbers (b,), and their labels (b,)."""
+        return self.images, samples, self.labels[samples]
 
     def samples_at(self, iteration: int | Tensor) -> Tensor:
         """Return this rank's image numbers of one iteration, (b,) int64."""
@@ -132,10 +174,15 @@ class Batches:
         samples = self.samples_at(iteration)
         passes = (iteration * self.recipe.batch_size + self.places) // self.samples_per_pass
         draws = draw(self.recipe, seed=self.seed, passes=passes, samples=samples)
-        images = self.normalise(self.images[samples])
-        images = crop_and_flip(images, draws, self.recipe.padding)
-        images = as_network_input(images).to(self.dtype, memory_format=self.layout)
-        return images, self.labels[samples]
+        images, which, labels = self.load(samples)
+        padding = self.recipe.padding
+        if self.kernels is not None and isinstance(images, Tensor):
+            crops = self.kernels.augment(images, which, draws, self.normalise, padding)
+        else:
+            pixels = images.index_select(0, which)
+            crops = crop_and_flip(self.normalise(pixels), draws, padding)
+        crops = as_network_input(crops).to(self.dtype, memory_format=self.layout)
+        return crops, labels
 
     def _on_device(self, iteration: int | Tensor) -> Tensor:
         if isinstance(iteration, Tensor):

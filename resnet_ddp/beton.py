@@ -17,6 +17,7 @@ Shapes: N samples, H rows, W columns.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,9 +113,53 @@ class _UnreadableError(Exception):
     """Why the bytes at hand are not a file this module reads."""
 
 
+class MappedImages:
+    """Images that stay in their file: `images[which]` copies some of them out of it.
+
+    What was looked at lies in the page cache, which the system takes back when it needs room.
+
+    Attributes:
+        path: the .beton file.
+        fields: the names of all its fields, in order.
+        image_field, label_field: two of them.
+        shape: (N, H, W, 3).
+    """
+
+    dtype: Final = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        path: Path,
+        fields: tuple[str, ...],
+        image_field: str,
+        label_field: str,
+        mapped: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        shape: tuple[int, int, int],
+    ) -> None:
+        self.path = path
+        self.fields = fields
+        self.image_field = image_field
+        self.label_field = label_field
+        self.shape = (len(offsets), *shape)
+        self._offsets = offsets
+        # A window at every byte costs nothing, and picking N of them needs no index matrix.
+        self._windows = np.lib.stride_tricks.sliding_window_view(mapped, math.prod(shape))
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, which: slice | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """Return (n, H, W, 3), C-contiguous."""
+        return self._windows[self._offsets[which]].reshape(-1, *self.shape[1:])
+
+
+Images = NDArray[np.uint8] | MappedImages
+
+
 def write_beton(
     path: str | os.PathLike[str],
-    images: NDArray[np.uint8],
+    images: Images,
     labels: NDArray[np.integer[Any]],
     *,
     page_size: int = PAGE_SIZE,
@@ -125,7 +170,7 @@ def write_beton(
 
     Args:
         path: the file; replaced if it is there. A failure leaves an incomplete file.
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8; they may lie in another such file.
         labels: (N,) of any integer type that int64 holds.
         page_size: bytes; a power of two of at least 2 MiB, less than 4 GiB, at least one image.
 
@@ -133,7 +178,7 @@ def write_beton(
         ValueError: the arrays or the page size do not fit the format.
         OSError: the file cannot be written.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    labels = np.asarray(labels)
     _check_arrays(images, labels, page_size)
     num_samples, height, width, _ = images.shape
     layout = Layout(num_samples, height * width * 3, page_size)
@@ -145,10 +190,8 @@ def write_beton(
         os.fsync(file.fileno())
 
 
-def _check_arrays(
-    images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], page_size: int
-) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+def _check_arrays(images: Images, labels: NDArray[np.integer[Any]], page_size: int) -> None:
+    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
     num_samples, height, width, _ = images.shape
     if min(num_samples, height, width) < 1 or max(height, width) > 0xFFFF:
@@ -180,7 +223,7 @@ def _head(
     yield bytes(layout.data_offset - len(head) - records.nbytes)
 
 
-def _pages(images: NDArray[np.uint8], layout: Layout) -> Iterator[bytes]:
+def _pages(images: Images, layout: Layout) -> Iterator[bytes]:
     for first in range(0, layout.num_samples, layout.images_per_page):
         page = images[first : first + layout.images_per_page].tobytes()
         yield page
@@ -207,13 +250,26 @@ def read_beton(path: str | os.PathLike[str]) -> tuple[NDArray[np.uint8], NDArray
     Raises:
         UserError: there is no such file, or it is damaged, or it holds something else.
     """
+    images, labels = open_beton(path)
+    return images[:], labels
+
+
+def open_beton(path: str | os.PathLike[str]) -> tuple[MappedImages, NDArray[np.int64]]:
+    """Check a .beton file as `read_beton` does, and leave its images where they are.
+
+    Returns:
+        images (N, H, W, 3), and labels (N,) int64.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or it holds something else.
+    """
     path = Path(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; prepare the data again")
     try:
         if path.stat().st_size < _HEADER.itemsize:
             raise _UnreadableError("it is shorter than a .beton header")
-        return _decode(np.memmap(path, np.uint8, mode="r"))
+        return _decode(path, np.memmap(path, np.uint8, mode="r"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check it and its disk"
@@ -222,10 +278,11 @@ def read_beton(path: str | os.PathLike[str]) -> tuple[NDArray[np.uint8], NDArray
         raise UserError(f"{path}: {error}; prepare the data again") from None
 
 
-def _decode(mapped: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _decode(path: Path, mapped: NDArray[np.uint8]) -> tuple[MappedImages, NDArray[np.int64]]:
     header = _items(mapped, 0, 1, _HEADER, "header")[0]
     if header["version"] != VERSION:
-        raise _UnreadableError(f"it is no .beton file of version {VERSION}")
+        older = f", but of {header['version']}" if header["version"] < VERSION else ""
+        raise _UnreadableError(f"it is no .beton file of version {VERSION}{older}")
     num_samples, page_size = int(header["num_samples"]), int(header["page_size"])
     if num_samples == 0:
         raise _UnreadableError("it holds no samples")
@@ -245,9 +302,8 @@ def _decode(mapped: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.in
         size=height * width * 3,
         pages=range(data_start, int(header["table_offset"]), page_size),
     )
-    # A window at every byte costs nothing, and picking N of them needs no index matrix.
-    windows = np.lib.stride_tricks.sliding_window_view(mapped, height * width * 3)
-    images = windows[offsets].reshape(num_samples, height, width, 3)
+    shape = (height, width, 3)
+    images = MappedImages(path, tuple(names), names[rgb], names[label], mapped, offsets, shape)
     return images, records[str(label)].astype(np.int64)
 
 
@@ -263,10 +319,10 @@ def _items(
 def _fields(mapped: NDArray[np.uint8], num_fields: int) -> tuple[list[int], list[str]]:
     descriptors = _items(mapped, _HEADER.itemsize, num_fields, _DESCRIPTOR, "field descriptors")
     types = [int(kind) for kind in descriptors["type"]]
-    names = [repr(name.decode("ascii", "replace")) for name in descriptors["name"]]
+    names = [name.decode("ascii", "replace") for name in descriptors["name"]]
     for kind, name in zip(types, names, strict=True):
         if kind not in _RECORD_PARTS:
-            raise _UnreadableError(f"its field {name} has the unknown type {kind}")
+            raise _UnreadableError(f"its field {name!r} has the unknown type {kind}")
     return types, names
 
 
@@ -274,13 +330,15 @@ def _only(kind: int, called: str, types: list[int], names: list[str]) -> int:
     """Find the one field of a type."""
     found = [index for index, other in enumerate(types) if other == kind]
     if not found:
-        raise _UnreadableError(
-            f"it has no {called} field, only {', '.join(names[:8]) or 'no field'}"
-        )
+        raise _UnreadableError(f"it has no {called} field, only {_listed(names) or 'no field'}")
     if len(found) > 1:
-        several = ", ".join(names[index] for index in found[:8])
+        several = _listed([names[index] for index in found])
         raise _UnreadableError(f"it has several {called} fields ({several}) where one is expected")
     return found[0]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8]))
 
 
 def _image_shape(images: NDArray[Any]) -> tuple[int, int]:
@@ -288,8 +346,9 @@ def _image_shape(images: NDArray[Any]) -> tuple[int, int]:
     if (not_raw := np.flatnonzero(images["mode"] != _RAW)).size:
         if images["mode"][not_raw[0]] == _JPG:
             raise _UnreadableError(
-                f"sample {not_raw[0]} is a jpg, which decodes differently from library to library; "
-                "write it with write_mode='raw'"
+                f"sample {not_raw[0]} is a jpg, as the write modes jpg, smart and proportion make "
+                "them, which decodes differently from library to library; write it with "
+                "write_mode='raw'"
             )
         raise _UnreadableError(f"it is damaged (the record of sample {not_raw[0]})")
     height, width = int(images["height"][0]), int(images["width"][0])

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from resnet_ddp import __version__, datasets, durable
+from resnet_ddp import __version__, datasets, durable, extras
 from resnet_ddp.architectures import ARCHITECTURES, PAPER_MODELS
 from resnet_ddp.durable import disk_errors_named
 from resnet_ddp.exits import Exit, ExitCode, UserError
@@ -56,13 +56,14 @@ class PrepareOptions:
 
     source: str = option(
         metavar="SOURCE",
-        choices=("folder", "cifar10", "cifar100"),
-        help="folder: images at train|test/<class>/*.png|jpg; cifar10, cifar100: as published",
+        choices=("folder", "beton", "cifar10", "cifar100"),
+        help="folder: images at train|test/<class>/*.png|jpg; beton: a folder with train.beton and "
+        "test.beton, as FFCV writes them; cifar10, cifar100: as published",
     )
     from_: str | None = option(
         None,
         metavar="PATH",
-        help="a folder or an archive (.tar, .tar.gz, .tar.xz, .zip); without it, download",
+        help="a folder, or an archive (.tar, .tar.gz, .tar.xz, .zip); without it, download",
     )
     to: str = option(None, metavar="DIR", required=True, help="the directory to make")
 
@@ -96,7 +97,11 @@ class BenchOptions:
     """Measure our speed side by side with a stock loop: all five networks, or one."""
 
     model: str | None = option(
-        None, metavar="MODEL", choices=ARCHITECTURES, positional=True, help="default: all five"
+        None,
+        metavar="MODEL",
+        choices=(*ARCHITECTURES, "data"),
+        positional=True,
+        help="default: all five; data: the ways to load images, without a network",
     )
     data: str = option("shapes", metavar="DIR", help="as for train")
     device: str = option("auto", choices=DEVICES, help="as for train")
@@ -196,12 +201,18 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
 def prepare(options: PrepareOptions) -> ExitCode:
     """Prepare a data set."""
     target = Path(options.to)
-    if options.source == "folder":
+    if options.source in ("folder", "beton"):
         if options.from_ is None:
-            raise UserError("prepare folder needs --from PATH, a folder or an archive of images")
-        from resnet_ddp.sources import prepare_folder
+            what = {
+                "folder": "a folder or an archive of images",
+                "beton": "a folder with train.beton and test.beton",
+            }
+            raise UserError(f"prepare {options.source} needs --from PATH, {what[options.source]}")
+        from resnet_ddp import sources
 
-        print(prepare_folder(Path(options.from_), target))
+        is_folder = options.source == "folder"
+        bring = sources.prepare_folder if is_folder else sources.prepare_beton
+        print(bring(Path(options.from_), target))
         return ExitCode.DONE
     from resnet_ddp.cifar import download_and_prepare, prepare_cifar
 
@@ -221,7 +232,18 @@ def train(options: TrainOptions) -> ExitCode:
     if not is_alone() or directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
-        code = train_run(options, directory, lambda: datasets.load_dataset(data_directory), plans)
+        def load_data() -> datasets.Dataset:
+            is_mapped = options.data_path == "ffcv"
+            if is_mapped:
+                extras.import_ffcv()
+            try:
+                return datasets.load_dataset(data_directory, mapped=is_mapped)
+            except MemoryError as error:
+                raise UserError(
+                    f"{data_directory} does not fit into memory; --data-path ffcv leaves it on disk"
+                ) from error
+
+        code = train_run(options, directory, load_data, plans)
         if code is not ExitCode.DONE:
             return code
     if is_main_process():
@@ -248,6 +270,8 @@ def find_run(options: TrainOptions) -> tuple[Path, RunDirectory]:
         Path(options.runs), Cell(grid, options.model, options.seed, recipe, data)
     )
     directory.check_identity()
+    if options.data_path == "ffcv" and directory.result() is None:
+        extras.check_ffcv()
     return data_directory, directory
 
 
@@ -309,6 +333,8 @@ def find_grid(options: GridOptions) -> Grid:
 def bench(options: BenchOptions) -> ExitCode:
     """Measure and print."""
     directory = find_data(options.data)
+    if options.model == "data":
+        return bench_data(options, directory)
     data = datasets.load_dataset(directory)
     from resnet_ddp import bench, machine
 
@@ -330,14 +356,37 @@ def bench(options: BenchOptions) -> ExitCode:
     result = bench.run(
         setting, directory, say=lambda line: print(line, file=sys.stderr, flush=True)
     )
-    as_json, table = json.dumps(result, indent=2), bench.markdown(result)
-    if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        durable.write_bytes(Path(options.out, "bench.json"), f"{as_json}\n".encode())
-        durable.write_bytes(Path(options.out, "bench.md"), f"{table}\n".encode())
-    print(as_json if options.json else table)
+    show(options, "bench", result, bench.markdown(result))
     training = result["training"]
     return ExitCode.DONE if training is None or training["within_tolerance"] else ExitCode.FAILED
+
+
+def bench_data(options: BenchOptions, directory: Path) -> ExitCode:
+    """Measure the ways to load images."""
+    if options.trace or options.compile:
+        raise UserError("bench data has no network: leave --trace and --compile away")
+    from resnet_ddp import bench_data, machine
+
+    setting = bench_data.Setting(
+        directory=directory,
+        device=machine.pick_device(options.device),
+        threads=options.threads or machine.pick_threads(),
+        turns=options.turns,
+        seconds=bench_data.QUICK_TURN if options.quick else bench_data.TURN,
+    )
+    result = bench_data.run(setting, say=lambda line: print(line, file=sys.stderr, flush=True))
+    show(options, "bench-data", result, bench_data.markdown(result))
+    return ExitCode.DONE
+
+
+def show(options: BenchOptions, name: str, result: dict[str, Any], table: str) -> None:
+    """Print what was measured, and write it where it was asked for."""
+    as_json = json.dumps(result, indent=2)
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        durable.write_bytes(Path(options.out, f"{name}.json"), f"{as_json}\n".encode())
+        durable.write_bytes(Path(options.out, f"{name}.md"), f"{table}\n".encode())
+    print(as_json if options.json else table)
 
 
 def audit(options: AuditOptions) -> int:

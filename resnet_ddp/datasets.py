@@ -19,7 +19,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,19 +28,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ddp import durable
-from resnet_ddp.beton import read_beton, write_beton
+from resnet_ddp.beton import Images, open_beton, read_beton, write_beton
 from resnet_ddp.exits import Exit, TemporaryError, UserError
 
 FORMAT_VERSION: Final = 1
 IMAGE_SIZE: Final = 32  # pixels, height and width
 DESCRIPTION: Final = "dataset.json"
 FILES: Final = {"train": "train.beton", "test": "test.beton"}
+BLOCK: Final = 256  # images gone through at a time: few enough for the cache, and for uint32
 _MAX_DESCRIPTION = 16 << 20  # bytes; ours has about a thousand
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset in memory.
+    """A dataset, in memory or with its images left in their files (then they are MappedImages).
 
     Attributes:
         name: short name, for instance of the directory.
@@ -59,9 +60,9 @@ class Dataset:
     name: str
     source: str
     classes: tuple[str, ...]
-    train_images: NDArray[np.uint8]
+    train_images: Images
     train_labels: NDArray[np.int64]
-    test_images: NDArray[np.uint8]
+    test_images: Images
     test_labels: NDArray[np.int64]
     channel_mean: tuple[float, float, float]
     channel_std: tuple[float, float, float]
@@ -90,9 +91,9 @@ def write_dataset(
     name: str,
     source: str,
     classes: Sequence[str],
-    train_images: NDArray[np.uint8],
+    train_images: Images,
     train_labels: NDArray[np.integer[Any]],
-    test_images: NDArray[np.uint8],
+    test_images: Images,
     test_labels: NDArray[np.integer[Any]],
     original: bool | None = None,
     prepared_from: Mapping[str, object] | None = None,
@@ -156,8 +157,11 @@ def in_memory(
     return _assemble(Path(name), name, source, classes, train, test, original=None)
 
 
-def load_dataset(directory: str | os.PathLike[str]) -> Dataset:
+def load_dataset(directory: str | os.PathLike[str], *, mapped: bool = False) -> Dataset:
     """Read a prepared directory and verify all of it, the hash included.
+
+    Args:
+        mapped: leave the images in their files, for data that does not fit into memory.
 
     Raises:
         UserError: it is missing, incomplete, damaged, or not what its description says.
@@ -168,7 +172,8 @@ def load_dataset(directory: str | os.PathLike[str]) -> Dataset:
     classes = recorded.get("classes")
     if not isinstance(classes, list):
         raise _damaged(directory, f"{DESCRIPTION} lacks the list of classes")
-    train, test = (read_beton(directory / FILES[split]) for split in ("train", "test"))
+    read = open_beton if mapped else read_beton
+    train, test = (read(directory / FILES[split]) for split in ("train", "test"))
     dataset = _assemble(
         directory, record.name, record.source, classes, train, test, record.original
     )
@@ -188,7 +193,7 @@ def summary(directory: str | os.PathLike[str], *, origin: str = "") -> str:
     Args:
         origin: what else to say of the images.
     """
-    data = load_dataset(directory)
+    data = load_dataset(directory, mapped=True)
     return (
         f"{directory}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"images in {data.num_classes} classes, {origin}sha256 {data.sha256[:12]}..."
@@ -239,9 +244,9 @@ def check_target(directory: str | os.PathLike[str]) -> None:
 
 
 def content_sha256(
-    train_images: NDArray[np.uint8],
+    train_images: Images,
     train_labels: NDArray[np.int64],
-    test_images: NDArray[np.uint8],
+    test_images: Images,
     test_labels: NDArray[np.int64],
 ) -> str:
     """Hash all pixels and labels.
@@ -264,12 +269,19 @@ def content_sha256(
     }
     for title, array in parts.items():
         digest.update(f"{title} {'x'.join(map(str, array.shape))}\n".encode("ascii"))
-        digest.update(np.ascontiguousarray(array).data)
+        for block in _blocks(array):
+            digest.update(np.ascontiguousarray(block).data)
     return digest.hexdigest()
 
 
+def _blocks(array: Images | NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """Go through an array some items at a time: images may be more than fit into memory."""
+    for first in range(0, len(array), BLOCK):
+        yield array[first : first + BLOCK]
+
+
 def channel_statistics(
-    images: NDArray[np.uint8],
+    images: Images,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and population standard deviation of each channel over all pixels, in 0..1.
 
@@ -279,14 +291,14 @@ def channel_statistics(
     Args:
         images: (N, H, W, 3) uint8.
     """
-    rows = images.reshape(len(images), -1)
-    totals = np.zeros(rows.shape[1], np.int64)
-    squares = np.zeros(rows.shape[1], np.int64)
-    for first in range(0, len(rows), 256):  # few enough for the cache, and for uint32
-        chunk = rows[first : first + 256].astype(np.uint16)
-        totals += chunk.sum(axis=0, dtype=np.uint32)
-        squares += (chunk * chunk).sum(axis=0, dtype=np.uint32)  # 255 * 255 fits into uint16
-    count = images.size // 3
+    size = math.prod(images.shape[1:])
+    totals = np.zeros(size, np.int64)
+    squares = np.zeros(size, np.int64)
+    for block in _blocks(images):
+        rows = block.reshape(len(block), size).astype(np.uint16)
+        totals += rows.sum(axis=0, dtype=np.uint32)
+        squares += (rows * rows).sum(axis=0, dtype=np.uint32)  # 255 * 255 fits into uint16
+    count = len(images) * size // 3
     mean, std = [], []
     for channel in range(3):
         total, square = int(totals[channel::3].sum()), int(squares[channel::3].sum())
@@ -300,22 +312,17 @@ def _assemble(
     name: str,
     source: str,
     classes: Sequence[object],
-    train: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]],
-    test: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]],
+    train: tuple[Images, NDArray[np.integer[Any]]],
+    test: tuple[Images, NDArray[np.integer[Any]]],
     original: bool | None,
 ) -> Dataset:
     names = _class_names(directory, classes)
     for split, (images, labels) in (("train", train), ("test", test)):
         _check_split(directory, split, images, labels, len(names))
-    arrays = (*_typed(train), *_typed(test))
+    train_labels, test_labels = (labels.astype(np.int64, copy=False) for _, labels in (train, test))
+    arrays = (train[0], train_labels, test[0], test_labels)
     mean, std = channel_statistics(arrays[0])
     return Dataset(name, source, names, *arrays, mean, std, content_sha256(*arrays), original)
-
-
-def _typed(
-    split: tuple[NDArray[np.uint8], NDArray[np.integer[Any]]],
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    return np.ascontiguousarray(split[0]), split[1].astype(np.int64, copy=False)
 
 
 def _class_names(directory: Path, classes: Sequence[object]) -> tuple[str, ...]:
@@ -334,7 +341,7 @@ def _class_names(directory: Path, classes: Sequence[object]) -> tuple[str, ...]:
 def _check_split(
     directory: Path,
     split: str,
-    images: NDArray[np.uint8],
+    images: Images,
     labels: NDArray[np.integer[Any]],
     num_classes: int,
 ) -> None:
@@ -423,7 +430,7 @@ def _holds_same(directory: Path, dataset: Dataset) -> bool:
     check_target(directory)
     if not is_prepared(directory):
         return False
-    present = load_dataset(directory)
+    present = load_dataset(directory, mapped=True)
     if (present.sha256, present.classes) == (dataset.sha256, dataset.classes):
         return True
     raise UserError(

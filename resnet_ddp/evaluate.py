@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from resnet_ddp.augment import Normalisation, as_network_input
+from resnet_ddp.augment import Images, Normalisation, as_network_input
 
 BLOCK = 500  # images in a forward pass: fixed, so that rounding does not depend on the processes
 ROUND = 4  # blocks of each process between two pauses
@@ -27,7 +27,7 @@ def never() -> None:
 def error_rate(
     model: nn.Module,
     *,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     samples: Tensor,
     normalise: Normalisation,
@@ -53,7 +53,7 @@ def error_rate(
     for start in range(0, len(blocks), ROUND * world_size):
         for block in blocks[start : start + ROUND * world_size][rank::world_size]:
             with accelerator.autocast():
-                logits = model(as_network_input(normalise(images[block])).to(dtype))
+                logits = model(as_network_input(normalise(images.index_select(0, block))).to(dtype))
             errors += (logits.argmax(dim=1) != labels[block]).sum()
         pause()
     model.train(was_training)

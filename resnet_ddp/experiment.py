@@ -14,8 +14,15 @@ from torch import Tensor
 
 from resnet_ddp import batchnorm, fused, machine, processes
 from resnet_ddp.architectures import ARCHITECTURES
-from resnet_ddp.augment import Normalisation
-from resnet_ddp.batches import Batches, curve_samples, share, split
+from resnet_ddp.augment import Images, Normalisation
+from resnet_ddp.batches import (
+    Batches,
+    ImagesInFile,
+    as_on_device,
+    curve_samples,
+    share,
+    split,
+)
 from resnet_ddp.batchnorm import Groups
 from resnet_ddp.compilation import Network, compile_checked
 from resnet_ddp.datasets import Dataset
@@ -40,9 +47,9 @@ class Experiment:
     model: CifarNet  # unwrapped
     optimizer: torch.optim.SGD  # unwrapped
     stepper: Stepper
-    train_images: Tensor  # (N, 32, 32, 3) uint8
+    train_images: Images  # (N, 32, 32, 3) uint8
     train_labels: Tensor  # (N,) int64
-    test_images: Tensor  # (M, 32, 32, 3) uint8
+    test_images: Images  # (M, 32, 32, 3) uint8
     test_labels: Tensor  # (M,) int64
     samples: Tensor  # image numbers trained on
     val_samples: Tensor  # image numbers held out
@@ -69,8 +76,12 @@ class Experiment:
             self.test_images, self.test_labels, torch.arange(len(self.test_labels)), pause
         )
 
+    def close(self) -> None:
+        """End the threads that load data, if there are any."""
+        self.stepper.batches.close()
+
     def _error_rate(
-        self, images: Tensor, labels: Tensor, samples: Tensor, pause: Pause = never
+        self, images: Images, labels: Tensor, samples: Tensor, pause: Pause = never
     ) -> float:
         return error_rate(
             self.model,
@@ -97,6 +108,8 @@ def build_experiment(
     fuse: bool = True,
 ) -> Experiment:
     """Put data and model on the device and prepare the step.
+
+    Images that were left in their file come through FFCV's Loader.
 
     Args:
         model_name: a key of `ARCHITECTURES`.
@@ -156,11 +169,19 @@ def build_experiment(
         else:
             network = compiled
     prepared_model, prepared_optimizer = processes.prepare(accelerator, network, optimizer)
-    train_images, train_labels, test_images, test_labels = (
-        torch.from_numpy(array).to(accelerator.device)
-        for array in (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    train_labels, test_labels = (
+        torch.from_numpy(labels).to(accelerator.device)
+        for labels in (data.train_labels, data.test_labels)
     )
-    batches = Batches(
+    train_images, test_images = (
+        as_on_device(images, accelerator.device) for images in (data.train_images, data.test_images)
+    )
+    make_batches = Batches
+    if isinstance(train_images, ImagesInFile):
+        from resnet_ddp.loader import LoadedBatches  # ffcv, whose import takes seconds
+
+        make_batches = LoadedBatches
+    batches = make_batches(
         recipe,
         seed=seed,
         images=train_images,
@@ -171,6 +192,7 @@ def build_experiment(
         world_size=world_size,
         dtype=dtype,
         layout=layout,
+        kernels=kernels,
     )
     parts = (prepared_model, prepared_optimizer, batches, accelerator, recipe)
     depth = ARCHITECTURES[model_name].depth
@@ -207,7 +229,7 @@ def fitting_layout(device: str, precision: str, *, is_fused: bool) -> torch.memo
     return torch.channels_last
 
 
-def normalisation(recipe: Recipe, data: Dataset, train_images: Tensor) -> Normalisation:
+def normalisation(recipe: Recipe, data: Dataset, train_images: Images) -> Normalisation:
     """Return what the recipe subtracts and divides by, measured on all training images."""
     if recipe.normalisation == "pixel-mean":
         return Normalisation.pixel_mean(train_images)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_ddp import kernels as our_kernels
+from resnet_ddp.augment import Draws, Normalisation, crop_and_flip
 from resnet_ddp.batchnorm import GroupBatchNorm2d, Groups
 from resnet_ddp.compilation import compile_checked
 from resnet_ddp.kernels import Kernels, Layer
@@ -48,6 +49,14 @@ def trouble_with(kernels: Kernels) -> str:
         )
         if trouble:
             return f"{precision}: {trouble}"
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (64, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    dy, dx, flip = (torch.randint(high, (64,), generator=generator) for high in (9, 9, 2))
+    draws, normalise = Draws(dy, dx, flip), Normalisation.pixel_mean(pixels)
+    which = torch.arange(64).flip(0)
+    expected = crop_and_flip(normalise(pixels[which]), draws, padding=4)
+    if not torch.equal(kernels.augment(pixels, which, draws, normalise, padding=4), expected):
+        return "crops differ"
     return ""
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resnet_ddp.augment import Draws, Normalisation
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast"),
@@ -55,6 +57,16 @@ class Layer(ctypes.Structure):
     )
 
 
+class Crops(ctypes.Structure):
+    """The arguments of the augmentation; kernels.cpp says what they are."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("count", "height", "width", "padding")),
+        *((name, ctypes.c_void_p) for name in ("images", "which", "dy", "dx", "flip")),
+        *((name, ctypes.c_void_p) for name in ("mean", "scale", "out")),
+    )
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The compiled functions. Each direction is in two parts: between them the sums are exchanged.
@@ -74,6 +86,39 @@ class Kernels:
         # The kernels know these alone, and would leave others undone in silence.
         assert layer.co in CHANNELS and (layer.ci in CHANNELS or not layer.convolves)
         getattr(self.library, f"{part}_{NAMES[dtype]}")(ctypes.byref(layer), _threads())
+
+    def augment(
+        self, images: Tensor, which: Tensor, draws: Draws, normalise: Normalisation, padding: int
+    ) -> Tensor:
+        """Return crop_and_flip(normalise(images[which]), draws, padding), bit for bit, in one pass.
+
+        Args:
+            images: (N, H, W, 3) uint8.
+            which: (b,) int64.
+        """
+        num_images, height, width, channels = images.shape
+        assert channels == 3 and images.dtype == torch.uint8 and images.is_contiguous()
+        assert int(which.min()) >= 0 and int(which.max()) < num_images
+        assert max(int(draws.dy.max()), int(draws.dx.max())) <= 2 * padding
+        mean = normalise.mean.expand(height, width, 3).contiguous()
+        scale = normalise.scale.expand(width, 3).contiguous()
+        out = torch.empty(len(which), height, width, 3)
+        crops = Crops(
+            count=len(which),
+            height=height,
+            width=width,
+            padding=padding,
+            images=images.data_ptr(),
+            which=which.data_ptr(),
+            dy=draws.dy.data_ptr(),
+            dx=draws.dx.data_ptr(),
+            flip=draws.flip.data_ptr(),
+            mean=mean.data_ptr(),
+            scale=scale.data_ptr(),
+            out=out.data_ptr(),
+        )
+        self.library.crop_images(ctypes.byref(crops))
+        return out
 
     def has_convolution(self, conv: nn.Conv2d, x: Tensor) -> bool:
         """Whether this convolution of x is done too, and faster than by PyTorch."""

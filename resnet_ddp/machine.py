@@ -66,17 +66,22 @@ def pick_compile(device: str) -> bool:
     return device == "cuda" and is_alone and missing_for_compile(device) is None
 
 
-def settle_capture(device: str, requested: bool | None) -> bool:
+def settle_capture(device: str, requested: bool | None, *, data_path: str = "resident") -> bool:
     """Return whether to replay the step from CUDA graphs: by default where that can be done.
+
+    Args:
+        data_path: a graph reads images that are on the device, not what a thread brings.
 
     Raises:
         UserError: it is asked for where it cannot be done.
     """
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     # Between processes the gradients' all-reduce would be part of the graph: not measured yet.
-    possible = device == "cuda" and is_alone
+    possible = device == "cuda" and is_alone and data_path == "resident"
     if requested and not possible:
-        raise UserError("--capture is for one process on CUDA; leave it away")
+        raise UserError(
+            "--capture is for one process on CUDA with --data-path resident; leave it away"
+        )
     return possible if requested is None else requested
 
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from resnet_ddp.architectures import ARCHITECTURES, PAPER_MODELS
 from resnet_ddp.exits import ExitCode
-from resnet_ddp.limits import MAX_INTEGER, MAX_THREADS, PRECISIONS
+from resnet_ddp.limits import DATA_PATHS, MAX_INTEGER, MAX_THREADS, PRECISIONS
 from resnet_ddp.recipe import HE2015, RECIPES
 
 Options = TypeVar("Options")
@@ -93,6 +93,11 @@ class RunOptions:
         None, choices=PRECISIONS, help="default: bf16 where the hardware has it fast"
     )
     device: str = option("auto", choices=DEVICES, help="default: the fastest that is there")
+    data_path: str = option(
+        "resident",
+        choices=DATA_PATHS,
+        help="images on the device, or from their file through FFCV's Loader; the same bits",
+    )
     compile: bool | None = option(None, help="compile the network; default: where it pays")
     capture: bool | None = option(
         None, help="replay the step from CUDA graphs; default: on CUDA, one process"
@@ -168,6 +173,7 @@ class LocalGridOptions(GridOptions):
         1, minimum=1, maximum=MAX_PROCESSES, metavar="P", help="processes that share each run"
     )
     precision: str | None = option(None, choices=PRECISIONS, help="as for train")
+    data_path: str = option("resident", choices=DATA_PATHS, help="as for train")
     compile: bool | None = option(None, help="as for train")
     log_every: int | None = option(None, minimum=1, metavar="N", help="as for train")
     eval_every: int | None = option(None, minimum=1, metavar="N", help="as for train")

@@ -1,9 +1,14 @@
-"""Images on disk, in a folder or an archive, become a prepared directory (see datasets.py).
+"""Images on disk become a prepared directory (see datasets.py).
+
+In a folder or an archive:
 
     train/<class>/<name>.png      test/<class>/<name>.png      (.jpg and .jpeg as well)
 
 One enclosing folder is allowed. Classes are sorted by name, samples by class and then by name, 2
 before 10, so that a folder and any archive of it give the same dataset, bit for bit.
+
+Or in two .beton files, as FFCV's DatasetWriter or our own `write_beton` make them. These may be
+larger than memory.
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ddp.archives import Member, Wanted, fingerprint, read_members, shown
+from resnet_ddp.beton import open_beton
 from resnet_ddp.datasets import (
+    FILES,
     IMAGE_SIZE,
     check_target,
     is_prepared,
@@ -37,6 +44,7 @@ IMAGES: Final = Wanted(
     lambda path: path.suffix.lower() in IMAGE_SUFFIXES,
     max_bytes=4 << 20,  # a 32x32 image has a few thousand
 )
+MAX_UNNAMED: Final = 100_000  # classes; more is a label that is none
 LAYOUT: Final = "train|test/<class>/*.png or .jpg"
 
 
@@ -84,6 +92,58 @@ def prepare_folder(
         prepared_from=origin,
     )
     return summary(target)
+
+
+def prepare_beton(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, name: str | None = None
+) -> str:
+    """Bring train.beton and test.beton, whoever wrote them, into a prepared directory.
+
+    The classes are called 0, 1, 2, ... unless classes.txt beside the files names them, one a line.
+
+    Args:
+        source: a folder with the two files, and classes.txt perhaps.
+        target: the directory to make.
+        name: of the dataset; by default that of the directory.
+
+    Returns:
+        One line for the user: what is there now.
+
+    Raises:
+        UserError: a file is missing, damaged or holds something else, or so does the target.
+        TemporaryError: the disk is full.
+    """
+    source, target = Path(source), Path(target)
+    check_target(target)
+    (train_images, train_labels), (test_images, test_labels) = (
+        open_beton(source / FILES[split]) for split in SPLITS
+    )
+    write_dataset(
+        target,
+        name=name or Path(os.path.realpath(target)).name,
+        source=f".beton files in {source.resolve().name!a}",
+        classes=_class_names(source, 1 + int(max(train_labels.max(), test_labels.max()))),
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+    return summary(target)
+
+
+def _class_names(source: Path, num_classes: int) -> list[str]:
+    path = source / "classes.txt"
+    if not path.exists():
+        if num_classes > MAX_UNNAMED:
+            raise UserError(
+                f"{source}: labels go up to {num_classes - 1}; if there are so many classes, name "
+                "them in classes.txt, one a line"
+            )
+        return [str(number) for number in range(num_classes)]
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); write it anew") from error
 
 
 class _Place(NamedTuple):

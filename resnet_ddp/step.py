@@ -99,6 +99,7 @@ class Stepper:
         if iteration != self._finished:
             self.iteration.fill_(iteration)
             self._finished = iteration
+            self.batches.seek(iteration)
 
     def step(self) -> None:
         """Draw the batch, set the learning rate, descend."""

@@ -23,7 +23,7 @@ class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, data: Dataset, transform: Any) -> None:
         from PIL import Image
 
-        self.images, self.labels = data.train_images, data.train_labels
+        self.images, self.labels = data.train_images[:], data.train_labels
         self.from_array, self.transform = Image.fromarray, transform
 
     def __len__(self) -> int:
@@ -33,20 +33,18 @@ class Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return self.transform(self.from_array(self.images[index])), int(self.labels[index])
 
 
+def make_loader(data: Dataset) -> torch.utils.data.DataLoader[tuple[torch.Tensor, int]]:
+    """Return a loader of batches of 128."""
+    t = import_torchvision().transforms
+    normalise = t.Normalize(data.channel_mean, data.channel_std)
+    augment = [t.RandomCrop(32, padding=4), t.RandomHorizontalFlip(), t.ToTensor(), normalise]
+    images = Images(data, t.Compose(augment))
+    return torch.utils.data.DataLoader(images, 128, shuffle=True, num_workers=2, drop_last=True)
+
+
 def train(model: nn.Module, data: Dataset, device: str) -> Iterator[float]:
     """Train for ever on batches of 128; yield each step's loss."""
-    transforms = import_torchvision().transforms
-    transform = transforms.Compose(
-        [
-            transforms.RandomCrop(32, padding=4),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(data.channel_mean, data.channel_std),
-        ]
-    )
-    loader = torch.utils.data.DataLoader(
-        Images(data, transform), 128, shuffle=True, num_workers=2, drop_last=True
-    )
+    loader = make_loader(data)
     model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     for images, labels in itertools.chain.from_iterable(itertools.repeat(loader)):

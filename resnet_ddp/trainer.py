@@ -137,7 +137,7 @@ def train_alone(
         precision=settings.precision,
         compile=settings.compile,
         threads=settings.threads,
-        capture=machine.settle_capture(device, options.capture),
+        capture=machine.settle_capture(device, options.capture, data_path=options.data_path),
     )
     environment = machine.describe(device) | {"kernels": experiment.kernels}
     processes.on_main(
@@ -147,7 +147,9 @@ def train_alone(
         ),
     )
     run = Run(directory, experiment, quiet=options.quiet, plans=plans)
-    return live(run, due, environment, stop)
+    with contextlib.closing(experiment):
+        # Not in config.json: a run may change it, and keeps its bits.
+        return live(run, due, environment | {"data_path": options.data_path}, stop)
 
 
 def stop_request(options: TrainOptions, directory: RunDirectory) -> StopRequest:

@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from resnet_ddp import shapes
+from resnet_ddp import extras, shapes
 from resnet_ddp.cli import main
 from resnet_ddp.datasets import write_dataset
 from resnet_ddp.recipe import RECIPES, Recipe
@@ -50,6 +52,19 @@ def fresh_accelerator() -> Iterator[None]:
     """Accelerate keeps the first Accelerator's precision for the life of the process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def ffcv(one_thread: None) -> Iterator[None]:
+    """The package, imported, or the test is skipped."""
+    if find_spec("ffcv") is None:
+        assert "CI" not in os.environ, "ffcv is missing"
+        pytest.skip("no ffcv")
+    extras.import_ffcv()
+    torch.set_num_threads(1)
+    yield
+    left = [thread for thread in threading.enumerate() if type(thread).__name__ == "Epoch"]
+    assert left == [], "threads of FFCV's Loader were left behind"
 
 
 @pytest.fixture(scope="session")

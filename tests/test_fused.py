@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_ddp import fused
+from resnet_ddp.augment import Draws, Normalisation, crop_and_flip
 from resnet_ddp.batchnorm import GroupBatchNorm2d, Groups, convert
 from resnet_ddp.kernels import Kernels
 from resnet_ddp.models import build_model
@@ -212,6 +213,24 @@ def test_groups_go_through(kernels: Kernels) -> None:
     expected, _ = tensors_of("resnet20", dtype=torch.float64, groups=groups)
     actual, _ = tensors_of("resnet20", kernels=kernels, groups=groups)
     assert max(distance(actual[key], expected[key]) for key in expected) < 1e-2
+
+
+@pytest.mark.parametrize("padding", [0, 2, 4])
+@pytest.mark.parametrize("mean", ["channel", "pixel"])
+def test_augmentation_has_torchs_bits(kernels: Kernels, padding: int, mean: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    which = torch.randint(50, (700,), generator=generator)  # all 162 ways to cut and mirror
+    dy, dx, flip = (
+        torch.randint(high, (700,), generator=generator)
+        for high in (2 * padding + 1, 2 * padding + 1, 2)
+    )
+    draws = Draws(dy=dy, dx=dx, flip=flip)
+    normalise = Normalisation.pixel_mean(images)
+    if mean == "channel":
+        normalise = Normalisation.channel((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), torch.device("cpu"))
+    expected = crop_and_flip(normalise(images[which]), draws, padding)
+    assert torch.equal(kernels.augment(images, which, draws, normalise, padding), expected)
 
 
 def test_same_bits_again(kernels: Kernels) -> None:

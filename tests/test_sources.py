@@ -20,13 +20,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from resnet_ddp import archives, beton, sources
 from resnet_ddp.beton import write_beton
+from resnet_ddp.cli import main
 from resnet_ddp.datasets import load_dataset
 from resnet_ddp.exits import UserError
-from resnet_ddp.sources import prepare_folder
+from resnet_ddp.sources import prepare_beton, prepare_folder
 
 
 @pytest.fixture(autouse=True)
@@ -498,3 +500,73 @@ def test_importing_needs_neither_torch_nor_pillow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def betons(tmp_path: Path) -> Path:
+    folder = tmp_path / "betons"
+    folder.mkdir()
+    for split, count in (("train", 30), ("test", 20)):
+        write_beton(folder / f"{split}.beton", *some_images(count))
+    return folder
+
+
+def some_images(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
+    return images, np.arange(count) % 3
+
+
+def test_beton_files_become_a_prepared_directory(
+    betons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", "beton", "--from", str(betons), "--to", str(tmp_path / "mine")]
+    assert main(arguments) == 0
+    assert "30 training and 20 test images in 3 classes" in capsys.readouterr().out
+    data = load_dataset(tmp_path / "mine")
+    assert (data.name, data.classes) == ("mine", ("0", "1", "2"))
+    for images, labels, count in (
+        (data.train_images, data.train_labels, 30),
+        (data.test_images, data.test_labels, 20),
+    ):
+        assert np.array_equal(images[:], some_images(count)[0])
+        assert np.array_equal(labels, some_images(count)[1])
+    assert main(arguments) == 0  # the same again
+
+
+def test_classes_of_beton_files_may_have_names(betons: Path, tmp_path: Path) -> None:
+    (betons / "classes.txt").write_text("cat\ndog\nmüde Maus\n")
+    prepare_beton(betons, tmp_path / "mine")
+    assert load_dataset(tmp_path / "mine").classes == ("cat", "dog", "müde Maus")
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "message"),
+    [
+        (None, 2**60, "labels go up to 1152921504606846976"),
+        (b"cat\ndog\n", 2, "labels run from 0 to 2, but there are 2 classes"),
+        (b"\xff\xfe", 2, "cannot be read as text"),
+        (None, -1, "labels run from -1 to 2"),
+    ],
+)
+def test_unfit_labels_of_beton_files(
+    betons: Path, tmp_path: Path, names: bytes | None, label: int, message: str
+) -> None:
+    images, labels = some_images(30)
+    labels[7] = label
+    write_beton(betons / "train.beton", images, labels)
+    if names is not None:
+        (betons / "classes.txt").write_bytes(names)
+    with pytest.raises(UserError, match=message):
+        prepare_beton(betons, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_missing_and_large_betons_are_refused(betons: Path, tmp_path: Path) -> None:
+    images = np.zeros((30, 48, 48, 3), np.uint8)
+    write_beton(betons / "train.beton", images, np.arange(30) % 3)
+    with pytest.raises(UserError, match="train images are 48x48x3 uint8, not 32x32x3"):
+        prepare_beton(betons, tmp_path / "mine")
+    (betons / "test.beton").unlink()
+    with pytest.raises(UserError, match=r"test\.beton: no such file"):
+        prepare_beton(betons, tmp_path / "mine")
+    assert main(["prepare", "beton", "--to", str(tmp_path / "mine")]) == 2

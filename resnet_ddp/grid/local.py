@@ -10,6 +10,7 @@ from dataclasses import fields
 
 from rich.console import Console
 
+from resnet_ddp import extras
 from resnet_ddp.exits import ExitCode
 from resnet_ddp.grid.cells import Grid, GridCell, longest_first
 from resnet_ddp.grid.display import make_display
@@ -52,6 +53,8 @@ def run(options: GridRunOptions, grid: Grid, *, prepare: Callable[[], object]) -
     if options.dry_run:
         print(plan(grid, states, slots))
         return ExitCode.DONE
+    if options.data_path == "ffcv":
+        extras.check_ffcv()
     prepare()
     deadlines = [slurm_deadline()]
     if options.max_minutes is not None:
@@ -97,6 +100,7 @@ def train_options(
         grid=grid.name,
         precision=options.precision,
         device=slot.device,
+        data_path=options.data_path,
         compile=options.compile,
         threads=slot.threads if is_new else None,
         log_every=options.log_every,
