@@ -30,6 +30,8 @@ from resnet_ddp.options import (
     GridOptions,
     GridRunOptions,
     GridStatusOptions,
+    GridSubmitOptions,
+    GridTaskOptions,
     LocalTrainOptions,
     Parser,
     TrackOptions,
@@ -43,6 +45,7 @@ from resnet_ddp.published import HE_ET_AL
 from resnet_ddp.recipe import HE2015, RECIPES
 from resnet_ddp.records import read_run
 from resnet_ddp.runs import Cell, RunDirectory, check_grid_name, shown
+from resnet_ddp.srun import launch_with_srun, take_place
 from resnet_ddp.tracking.plan import WANDB, make_plans
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
@@ -147,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": (LocalTrainOptions, train_locally),
             "grid": {
                 "run": (GridRunOptions, grid_run),
+                "submit": (GridSubmitOptions, grid_submit),
                 "status": (GridStatusOptions, grid_status),
+                "task": (GridTaskOptions, grid_task),
             },
             "report": (ReportOptions, report),
             "track": {"push": (PushOptions, track_push)},
@@ -232,6 +237,9 @@ def train(options: TrainOptions) -> ExitCode:
     if not is_alone() or directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
+        if options.copy_data_to is not None:
+            data_directory = datasets.copy_once(data_directory, Path(options.copy_data_to))
+
         def load_data() -> datasets.Dataset:
             is_mapped = options.data_path == "ffcv"
             if is_mapped:
@@ -253,8 +261,11 @@ def train(options: TrainOptions) -> ExitCode:
 
 def train_locally(options: LocalTrainOptions) -> int:
     """Train one run in this process, or in several of this machine."""
+    take_place()
     end_with_launcher()
     is_launched = "RANK" in os.environ
+    if options.srun and not is_launched and find_run(options)[1].result() is None:
+        return launch_with_srun("resnet_ddp", ["train", *as_arguments(options)])
     if options.processes == 1 or is_launched or find_run(options)[1].result() is not None:
         return train(options)
     return launch(options.processes, "resnet_ddp", ["train", *as_arguments(options)])
@@ -280,6 +291,20 @@ def grid_run(options: GridRunOptions) -> ExitCode:
     from resnet_ddp.grid import local
 
     return local.run(options, find_grid(options), prepare=lambda: find_data(options.data))
+
+
+def grid_submit(options: GridSubmitOptions) -> ExitCode:
+    """Hand the runs of a grid to Slurm."""
+    from resnet_ddp.grid import submit
+
+    return submit.submit(options, find_grid(options), prepare=lambda: find_data(options.data))
+
+
+def grid_task(options: GridTaskOptions) -> ExitCode:
+    """Train some runs of a grid inside a Slurm job."""
+    from resnet_ddp.grid import task
+
+    return task.run(options, find_grid(options), prepare=lambda: find_data(options.data))
 
 
 def grid_status(options: GridStatusOptions) -> ExitCode:
