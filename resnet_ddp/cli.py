@@ -45,7 +45,7 @@ from resnet_ddp.published import HE_ET_AL
 from resnet_ddp.recipe import HE2015, RECIPES
 from resnet_ddp.records import read_run
 from resnet_ddp.runs import Cell, RunDirectory, check_grid_name, shown
-from resnet_ddp.srun import launch_with_srun, take_place
+from resnet_ddp.srun import launch_with_srun, ranks_by_node, take_place
 from resnet_ddp.tracking.plan import WANDB, make_plans
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
@@ -135,6 +135,7 @@ class AuditOptions:
         metavar="W",
         help="train on W processes and on one, and compare",
     )
+    srun: bool = option(False, help="the same with all processes of this Slurm job, all nodes")
     device: str = option("auto", choices=DEVICES, help="of --processes")
     json: bool = option(False, help="print JSON instead of text")
 
@@ -419,10 +420,11 @@ def audit(options: AuditOptions) -> int:
     from resnet_ddp.audit import checks, paper
 
     deviations: Sequence[checks.Deviation] = ()
-    if options.processes > 1:
+    if options.processes > 1 or options.srun:
         from resnet_ddp.audit.together import run_together
 
-        found = run_together(options.processes, options.device)
+        processes = len(ranks_by_node(os.environ)) if options.srun else options.processes
+        found = run_together(processes, options.device, srun=options.srun)
     elif options.run is not None:
         from resnet_ddp.audit.trained import audit_run, deviations_of
 

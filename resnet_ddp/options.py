@@ -211,9 +211,7 @@ class GridSubmitOptions(GridRunOptions):
     cpus_per_task: int | None = option(None, minimum=1, metavar="N", help="as for sbatch")
     mem: str | None = option(None, metavar="SIZE", help="as for sbatch: 16G")
     array_limit: int | None = option(None, minimum=1, metavar="N", help="tasks at a time")
-    sbatch: str | None = option(
-        None, metavar="OPTIONS", help='any others: "--exclude=n7 --mail-type=END"'
-    )
+    sbatch: str | None = option(None, metavar="OPTIONS", help='any others: --sbatch="--exclude=n7"')
     runs_per_task: int | None = option(
         None, minimum=1, metavar="K", help="runs that share a task's GPU or cores"
     )

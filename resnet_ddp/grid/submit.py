@@ -189,7 +189,10 @@ def fill(
     if is_multinode:
         directives["nodes"] = str(options.nodes or 1)
         directives["ntasks-per-node"] = str(options.ntasks_per_node or 1)
-    directives |= script.read_sbatch_options(options.sbatch or "")
+    others = script.read_sbatch_options(options.sbatch or "")
+    if "no-requeue" in others:
+        directives["requeue"] = None
+    directives |= others
     array = script.template("multinode.sbatch" if is_multinode else "array.sbatch")
     array = script.with_directives(array, directives)
     words = [",".join(cell.word for cell in task) for task in tasks]

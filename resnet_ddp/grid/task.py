@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from resnet_ddp.cores import physical_cores
 from resnet_ddp.exits import ExitCode, TemporaryError, UserError
 from resnet_ddp.grid.cells import Grid, GridCell, read_cells
 from resnet_ddp.grid.display import PlainDisplay
@@ -27,7 +28,7 @@ from resnet_ddp.grid.queue import last_line, squeue
 from resnet_ddp.grid.slots import Slot, find_slots, visible_gpus
 from resnet_ddp.grid.states import State
 from resnet_ddp.grid.supervisor import Supervisor
-from resnet_ddp.options import GridTaskOptions, as_arguments
+from resnet_ddp.options import DEVICES, GridTaskOptions, as_arguments
 from resnet_ddp.stop import STOP_FILE_REASON, Deadline, StopRequest, slurm_deadline, slurm_job
 
 LOG_LINK = "slurm.log"  # in a run's directory: the log of its newest job
@@ -72,8 +73,8 @@ def run(options: GridTaskOptions, grid: Grid, *, prepare: Callable[[], object]) 
         train = dataclasses.replace(
             train_options(options, grid, cell, slot, None), copy_data_to=options.copy_data_to
         )
-        if options.srun:  # how many there are, and with which threads, the job says
-            train = dataclasses.replace(train, srun=True, threads=None, processes=1)
+        if options.srun:  # how many there are, the job says
+            train = dataclasses.replace(train, srun=True, processes=1)
         return [sys.executable, "-m", "resnet_ddp", "train", *as_arguments(train)]
 
     with contextlib.closing(PlainDisplay()) as display, stop.listening():
@@ -159,17 +160,30 @@ def requeue_once(job: str) -> str:
 def room(options: GridTaskOptions) -> list[Slot]:
     """Return the task's GPUs or cores, shared out among as many runs as it has room for."""
     if options.srun:
-        return [Slot("all nodes of the job", options.devices, threads=1)]
-    runs, each = options.runs_per_task, options.runs_per_device
+        if options.devices not in DEVICES:
+            raise UserError(f"--devices {options.devices}: with --srun, {', '.join(DEVICES)}")
+        threads = int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        return [Slot("all nodes of the job", options.devices, threads)]
+    runs, each, processes = (
+        options.runs_per_task,
+        options.runs_per_device,
+        options.processes_per_run,
+    )
     num_gpus = len(visible_gpus()) if options.devices == "auto" else 0
     if each is None and num_gpus:
-        each = -(-runs * options.processes_per_run // num_gpus)
-    return find_slots(
-        options.devices,
-        num_runs=runs,
-        runs_per_device=each,
-        processes_per_run=options.processes_per_run,
+        each = -(-runs * processes // num_gpus)
+    found = find_slots(
+        options.devices, num_runs=runs, runs_per_device=each, processes_per_run=processes
     )
+    cpus = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if not cpus.isdecimal() or int(cpus) >= sum(map(len, physical_cores())):
+        return found
+    # Slurm gave fewer than this process could use: it counts, but does not confine.
+    most = max(1, int(cpus) // processes)
+    kept = [slot for slot in found if slot.device != "cpu"]
+    kept += [slot for slot in found if slot.device == "cpu"][:most]
+    threads = max(1, int(cpus) // (len(kept) * processes))
+    return [dataclasses.replace(slot, threads=threads, cores=()) for slot in kept]
 
 
 def link_log(directory: Path) -> None:

@@ -1,8 +1,8 @@
 """Stands in for `resnet_ddp.trainer` where many lives are to be cheap: the same files, no training.
 
 Its weights are a chain of hashes, one link an iteration, so that an iteration that was left out or
-done twice ends in other bits. How long an iteration takes says TOY_SECONDS. A file `plan` in the run
-directory has a word for each life: an exit code that it ends with, "kill", or "freeze".
+done twice ends in other bits. How long an iteration takes says TOY_SECONDS. A file `plan` in the
+run directory has a word for each life: an exit code that it ends with, "kill", or "freeze".
 """
 
 import hashlib
