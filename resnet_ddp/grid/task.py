@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -116,11 +117,15 @@ def requeue(job: str) -> str:
 
     While the controller does not answer, it cannot end the job either: it is waited for.
     """
+    if shutil.which("scontrol") is None:
+        return "there is no scontrol on this machine"
     until = time.monotonic() + OUTAGE
     while True:
         try:
             return requeue_once(job)
         except TemporaryError as error:
+            if "Invalid job id" in str(error):
+                return "the job is gone"
             if time.monotonic() > until:
                 return str(error)
             say(f"{error}; asking again")

@@ -63,8 +63,6 @@ def live(options, directory, stop):
             if reason:
                 directory.write_status(ExitCode.STOPPED, reason=reason, iteration=iteration)
                 return ExitCode.STOPPED
-        with (path / "done").open("a") as done:
-            done.write(f"{job}\n")
         directory.write_weights(digest.encode())
         directory.write_status(ExitCode.DONE, reason="done", iteration=total)
         rate = int(digest[:4], 16) / 0x10000
@@ -75,6 +73,8 @@ def live(options, directory, stop):
             val_error_rate=None,
             num_parameters=1,
         )
+        with (path / "done").open("a") as done:
+            done.write(f"{job}\n")
     return ExitCode.DONE
 
 
