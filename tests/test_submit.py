@@ -15,7 +15,7 @@ from conftest import ROOT, Command
 from test_grid import write
 
 from resnet_ddp.cli import main
-from resnet_ddp.exits import ExitCode, TemporaryError, UserError
+from resnet_ddp.exits import ExitCode, UserError
 from resnet_ddp.grid import local, script, task
 from resnet_ddp.grid.cells import Grid, GridCell, longest_first, read_cells
 from resnet_ddp.grid.lives import LIVES, Lives
@@ -25,7 +25,6 @@ from resnet_ddp.grid.states import RunState, State
 from resnet_ddp.grid.submit import clean_environment, fill, read_time
 from resnet_ddp.options import GridSubmitOptions, GridTaskOptions
 from resnet_ddp.recipe import RECIPES
-from resnet_ddp.srun import ranks_by_node, srun_command, task_counts
 
 RECIPE = RECIPES["he2015-tiny"]
 PAPER = ("resnet20", "resnet56", "resnet110", "plain20", "plain56")
@@ -434,21 +433,3 @@ def test_lives_are_counted_across_jobs(tmp_path: Path) -> None:
 def test_cells_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UserError):
         read_cells(text)
-
-
-# ---- several nodes
-
-
-def test_ranks_are_laid_out_node_after_node(tool: Callable[[str, str], None]) -> None:
-    assert task_counts("2(x3),1") == [2, 2, 2, 1]
-    with pytest.raises(UserError):
-        task_counts("many")
-    tool("scontrol", "printf 'n1\\nn2\\n'")
-    variables = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "2,1"}
-    assert ranks_by_node(variables) == ["n1", "n1", "n2"]
-    with pytest.raises(UserError, match="no Slurm job"):
-        ranks_by_node({})
-    tool("scontrol", "exit 1")
-    with pytest.raises(TemporaryError):
-        ranks_by_node(variables)
-    assert "--cpus-per-task=8" in srun_command(3, {"SLURM_CPUS_PER_TASK": "8"})
