@@ -327,10 +327,14 @@ def test_what_is_missing_is_submitted_again_three_times(
 
 
 def test_runs_that_share_a_task(slurm: Cluster, campaign: Callable[..., Campaign]) -> None:
-    grid = campaign("resnet20,plain20", "0-2")
+    grid = campaign("resnet20,plain20", "0-2", TOY_SECONDS="0.3")
     grid.plan("resnet20", 1, "2")
-    array, report = grid.submit("--runs-per-task", "4", "--gres", "gpu:1")
+    array, report = grid.submit("--runs-per-task", "4", "--cpus-per-task", "4")
+    grid.wait_until_saved("resnet20", 0)
+    slurm("timeout", "2", "scancel", "--batch", "--signal=USR1", f"{array}_0", check=False)
     slurm.wait_for(report)
+    assert len(grid.lives("resnet20", 0)) > 1
+    assert len(grid.lives("resnet20", 1)) == 1, "what ended with 2 is not tried again"
     states = [cell["state"] for cell in grid.status().values()]
     assert states == ["done", "failed", "done", "done", "done", "done"]
     assert len(slurm.jobs(array)) == 2
@@ -398,6 +402,20 @@ def test_two_nodes_are_one_process(
     text = out.read_text()
     assert found[job][0] == "COMPLETED", text
     assert "gradient on 2 processes and on one" in text
+
+
+@pytest.mark.slow
+def test_two_nodes_are_requeued_together(slurm: Cluster, campaign: Callable[..., Campaign]) -> None:
+    """A signal to the job's script reaches all ranks; they save, and go on as if nothing was."""
+    grid = campaign("resnet20", "0", REAL_TRAINER="short", RESNET_DDP_TIMEOUT="60")
+    array, report = grid.submit("--nodes", "2", "--save-every", "4", mem="2G")
+    grid.wait_until_saved("resnet20", 0)
+    slurm("timeout", "2", "scancel", "--batch", "--signal=USR1", f"{array}_0", check=False)
+    slurm.wait_for(report, seconds=300)
+    timing = (grid.path("resnet20", 0) / "timing.jsonl").read_text().splitlines()
+    starts = [line for line in map(json.loads, timing) if line.get("event") == "start"]
+    assert [start["world_size"] for start in starts] == [2] * len(starts) and len(starts) > 1
+    assert starts[1]["iteration"] > 0 and grid.is_done()
 
 
 SCHEDULES, TOGETHER = int(os.environ.get("SCHEDULES", "50")), 5

@@ -7,8 +7,8 @@ directory's path as their comment, so that what is queued is known however submi
 
 from __future__ import annotations
 
-import getpass
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def read_queue(grid: Grid, *, patience: float = SUBMIT_PATIENCE) -> Queue:
     """
     if not submissions(grid).is_dir():
         return NO_QUEUE
-    answer = squeue("--array", f"--user={getpass.getuser()}", patience=patience)
+    answer = squeue("--array", f"--user={os.getuid()}", patience=patience)
     return parse_queue(answer, grid)
 
 

@@ -27,8 +27,9 @@ from resnet_ddp.grid.lives import Lives
 from resnet_ddp.grid.local import train_options
 from resnet_ddp.grid.queue import last_line, squeue
 from resnet_ddp.grid.slots import Slot, find_slots, visible_gpus
-from resnet_ddp.grid.states import State
+from resnet_ddp.grid.states import State, read_states
 from resnet_ddp.grid.supervisor import Supervisor
+from resnet_ddp.lease import Observer
 from resnet_ddp.options import DEVICES, GridTaskOptions, as_arguments
 from resnet_ddp.stop import STOP_FILE_REASON, Deadline, StopRequest, slurm_deadline, slurm_job
 
@@ -59,11 +60,19 @@ def run(options: GridTaskOptions, grid: Grid, *, prepare: Callable[[], object]) 
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     moment = datetime.now().astimezone().isoformat(timespec="seconds")
     say(f"--- {moment} job {job} on {platform.node()}, restart {restarts}: {options.cells}")
+    for cell in grid.cells:
+        link_log(grid.path(cell))
+    failed: list[GridCell] = []
     if restarts == "0" and not options.keep_lives:  # a person asked for these runs
         for cell in grid.cells:
             Lives(grid.path(cell), is_kept=True).forget()
-    for cell in grid.cells:
-        link_log(grid.path(cell))
+    else:
+        states = read_states(grid, Observer())
+        failed = [cell for cell in grid.cells if states[cell].state is State.FAILED]
+        for cell in failed:
+            say(f"{cell.name}: failed before, not tried again: {states[cell].reason}")
+        left = tuple(cell for cell in grid.cells if cell not in failed)
+        grid = dataclasses.replace(grid, chosen=left)
     prepare()
     deadlines = [slurm_deadline()]
     if options.max_minutes is not None:
@@ -82,7 +91,8 @@ def run(options: GridTaskOptions, grid: Grid, *, prepare: Callable[[], object]) 
         slots = room(options)
         supervisor = Supervisor(grid, slots, command, display, stop, keeps_lives=True)
         supervisor.run()
-        return conclude(supervisor, job)
+        code = conclude(supervisor, job)
+    return ExitCode.FAILED if failed and code is ExitCode.DONE else code
 
 
 def conclude(supervisor: Supervisor, job: str) -> ExitCode:
