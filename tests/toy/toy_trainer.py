@@ -21,7 +21,7 @@ ENDINGS = {2: UserError, 65: NotFiniteError, 75: TemporaryError}
 SETTINGS = Settings(precision="fp32", compile=False, threads=1, log_every=1, eval_every=10)
 
 
-def train(options, directory, load_data):
+def train(options, directory, load_data, plans=()):
     load_data()
     deadline = slurm_deadline()
     stop = StopRequest(directory.stop_path, *([deadline] if deadline else []))
