@@ -162,7 +162,7 @@ def test_the_whole_grid_with_a_tiny_recipe(
     assert time.monotonic() - began < 4  # two seconds, on a machine that others use too
     again = grid.run("grid", "submit", *grid.options)
     assert "nothing to submit" in again.stdout and again.returncode == 0
-    found = slurm.wait_for(report, seconds=280)
+    found = slurm.wait_for(report, seconds=600)
     assert {state for state, _, _ in found.values()} == {"COMPLETED"}, grid.log(0)
     tasks = slurm.jobs(array)
     assert len(tasks) == 25 and {state for state, _, _ in tasks.values()} == {"COMPLETED"}
@@ -279,14 +279,12 @@ def test_what_is_not_requeued_and_what_only_so_often(
     slurm: Cluster, campaign: Callable[..., Campaign]
 ) -> None:
     grid = campaign("resnet20", "0-4")
-    plans = ["2", "65", "kill 75", "75 75 75 75", "freeze"]
+    plans = ["2", "65", "kill 75", "75 75 75 75", "freeze freeze freeze freeze"]
     for seed, plan in enumerate(plans):
         grid.plan("resnet20", seed, plan)
     array, report = grid.submit("--complete")
-    wait_for(lambda: grid.lives("resnet20", 4), 30)
     for life in (1, 2, 3):  # three without progress: a node is lost each time
         wait_for(lambda life=life: len(grid.lives("resnet20", 4)) == life, 60)
-        (grid.path("resnet20", 4) / "plan").write_text("freeze")
         slurm("scontrol", "requeue", f"{array}_4")
     slurm.wait_for(array)
     lives = [len(grid.lives("resnet20", seed)) for seed in range(5)]
@@ -351,7 +349,7 @@ def test_a_controller_that_is_away(slurm: Cluster, campaign: Callable[..., Campa
         began = time.monotonic()
         process = grid.run("grid", "status", *grid.options[:10])
         assert process.returncode == 0 and "squeue did not answer" in process.stdout
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 5  # one of them for Slurm
         time.sleep(8)
     finally:
         slurm.controller("CONT")
@@ -378,7 +376,7 @@ def test_two_nodes_are_one_process(
 ) -> None:
     grid = campaign("resnet20", "0", REAL_TRAINER="tiny", RESNET_DDP_TIMEOUT="60")
     _, report = grid.submit("--nodes", "2", "--ntasks-per-node", "1", mem="2G")
-    slurm.wait_for(report, seconds=150)
+    slurm.wait_for(report, seconds=300)
     assert "done, test error" in grid.log(0), (grid.path("resnet20", 0) / "log.txt").read_text()
     starts = (grid.path("resnet20", 0) / "timing.jsonl").read_text().splitlines()
     assert json.loads(starts[0])["world_size"] == 2
@@ -398,7 +396,7 @@ def test_two_nodes_are_one_process(
         text=True,
         check=True,
     ).stdout.strip()
-    found = slurm.wait_for(job, seconds=200)
+    found = slurm.wait_for(job, seconds=300)
     text = out.read_text()
     assert found[job][0] == "COMPLETED", text
     assert "gradient on 2 processes and on one" in text
