@@ -96,8 +96,12 @@ def submit(options: GridSubmitOptions, grid: Grid, *, prepare: Callable[[], obje
         prepare()
         directory = new_directory(submissions(grid))
         scripts = fill(options, grid, site, cells, directory.resolve())
-        durable.write_bytes(directory / "array.sbatch", scripts.array.encode())
-        durable.write_bytes(directory / "report.sbatch", scripts.report.encode())
+        durable.write_bytes(
+            directory / "array.sbatch", scripts.array.encode(errors="surrogateescape")
+        )
+        durable.write_bytes(
+            directory / "report.sbatch", scripts.report.encode(errors="surrogateescape")
+        )
         words = [",".join(cell.word for cell in task) for task in scripts.tasks]
         durable.write_json(directory / TASKS, words)
         hand_over(options, directory, queue, line, len(scripts.tasks))
