@@ -30,6 +30,8 @@ from resnet_ddp.options import (
     GridOptions,
     GridRunOptions,
     GridStatusOptions,
+    GridSubmitOptions,
+    GridTaskOptions,
     LocalTrainOptions,
     Parser,
     TrackOptions,
@@ -43,6 +45,7 @@ from resnet_ddp.published import HE_ET_AL
 from resnet_ddp.recipe import HE2015, RECIPES
 from resnet_ddp.records import read_run
 from resnet_ddp.runs import Cell, RunDirectory, check_grid_name, shown
+from resnet_ddp.srun import launch_with_srun, ranks_by_node, take_place
 from resnet_ddp.tracking.plan import WANDB, make_plans
 
 DATA_ROOT = Path("data")  # where data sets known by name lie
@@ -132,6 +135,7 @@ class AuditOptions:
         metavar="W",
         help="train on W processes and on one, and compare",
     )
+    srun: bool = option(False, help="the same with all processes of this Slurm job, all nodes")
     device: str = option("auto", choices=DEVICES, help="of --processes")
     json: bool = option(False, help="print JSON instead of text")
 
@@ -147,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": (LocalTrainOptions, train_locally),
             "grid": {
                 "run": (GridRunOptions, grid_run),
+                "submit": (GridSubmitOptions, grid_submit),
                 "status": (GridStatusOptions, grid_status),
+                "task": (GridTaskOptions, grid_task),
             },
             "report": (ReportOptions, report),
             "track": {"push": (PushOptions, track_push)},
@@ -232,6 +238,9 @@ def train(options: TrainOptions) -> ExitCode:
     if not is_alone() or directory.result() is None:
         from resnet_ddp.trainer import train as train_run
 
+        if options.copy_data_to is not None:
+            data_directory = datasets.copy_once(data_directory, Path(options.copy_data_to))
+
         def load_data() -> datasets.Dataset:
             is_mapped = options.data_path == "ffcv"
             if is_mapped:
@@ -253,8 +262,11 @@ def train(options: TrainOptions) -> ExitCode:
 
 def train_locally(options: LocalTrainOptions) -> int:
     """Train one run in this process, or in several of this machine."""
+    take_place()
     end_with_launcher()
     is_launched = "RANK" in os.environ
+    if options.srun and not is_launched and find_run(options)[1].result() is None:
+        return launch_with_srun("resnet_ddp", ["train", *as_arguments(options)])
     if options.processes == 1 or is_launched or find_run(options)[1].result() is not None:
         return train(options)
     return launch(options.processes, "resnet_ddp", ["train", *as_arguments(options)])
@@ -280,6 +292,20 @@ def grid_run(options: GridRunOptions) -> ExitCode:
     from resnet_ddp.grid import local
 
     return local.run(options, find_grid(options), prepare=lambda: find_data(options.data))
+
+
+def grid_submit(options: GridSubmitOptions) -> ExitCode:
+    """Hand the runs of a grid to Slurm."""
+    from resnet_ddp.grid import submit
+
+    return submit.submit(options, find_grid(options), prepare=lambda: find_data(options.data))
+
+
+def grid_task(options: GridTaskOptions) -> ExitCode:
+    """Train some runs of a grid inside a Slurm job."""
+    from resnet_ddp.grid import task
+
+    return task.run(options, find_grid(options), prepare=lambda: find_data(options.data))
 
 
 def grid_status(options: GridStatusOptions) -> ExitCode:
@@ -394,10 +420,11 @@ def audit(options: AuditOptions) -> int:
     from resnet_ddp.audit import checks, paper
 
     deviations: Sequence[checks.Deviation] = ()
-    if options.processes > 1:
+    if options.processes > 1 or options.srun:
         from resnet_ddp.audit.together import run_together
 
-        found = run_together(options.processes, options.device)
+        processes = len(ranks_by_node(os.environ)) if options.srun else options.processes
+        found = run_together(processes, options.device, srun=options.srun)
     elif options.run is not None:
         from resnet_ddp.audit.trained import audit_run, deviations_of
 

@@ -19,6 +19,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,33 @@ def load_dataset(directory: str | os.PathLike[str], *, mapped: bool = False) -> 
 def is_prepared(directory: str | os.PathLike[str]) -> bool:
     """Say whether all files of a prepared directory are there, without reading them."""
     return all(os.path.isfile(Path(directory) / file) for file in (DESCRIPTION, *FILES.values()))
+
+
+def copy_once(directory: Path, to: Path) -> Path:
+    """Copy a prepared directory below another, unless the same data lies there; return the copy.
+
+    For a fast local disk: of all processes of a machine one copies, the others wait for it. If that
+    disk does not take it, the original is as good.
+    """
+    copy = to / read_record(directory).sha256[:16]
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        with durable.locked(to / ".lock"):
+            if not is_prepared(copy):
+                temporary = to / f".{copy.name}.{secrets.token_hex(8)}"
+                shutil.rmtree(copy, ignore_errors=True)
+                try:
+                    temporary.mkdir()
+                    for file in (DESCRIPTION, *FILES.values()):
+                        shutil.copyfile(directory / file, temporary / file)
+                    durable.publish_directory(temporary, copy)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        trouble = error.strerror or error
+        print(f"{to}: {trouble}; reading {directory} instead", file=sys.stderr, flush=True)
+        return directory
+    return copy
 
 
 def summary(directory: str | os.PathLike[str], *, origin: str = "") -> str:

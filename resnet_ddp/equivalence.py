@@ -7,6 +7,7 @@ error in weighting, in the statistics or in the shares stands out by many orders
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from resnet_ddp.exits import TemporaryError
 from resnet_ddp.experiment import Experiment, build_experiment
 from resnet_ddp.launcher import launch
 from resnet_ddp.recipe import RECIPES
+from resnet_ddp.srun import launch_with_srun, take_place
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES = 400, 100, 10
 
@@ -114,15 +116,22 @@ def _gradients_kept(
         hook.remove()
 
 
-def trace_on(num_processes: int, trial: Trial) -> list[dict[str, Tensor]]:
+def trace_on(num_processes: int, trial: Trial, *, srun: bool = False) -> list[dict[str, Tensor]]:
     """Train on W processes of this machine; return what came out in each.
+
+    Args:
+        srun: on all nodes of this Slurm job instead, which have this directory in common.
 
     Raises:
         TemporaryError: the processes failed.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = [directory, json.dumps(asdict(trial))]
-        code = launch(num_processes, "resnet_ddp.equivalence", arguments)
+    module = "resnet_ddp.equivalence"
+    with tempfile.TemporaryDirectory(dir=os.curdir if srun else None) as directory:
+        arguments = [os.path.abspath(directory), json.dumps(asdict(trial))]
+        if srun:
+            code = launch_with_srun(module, arguments)
+        else:
+            code = launch(num_processes, module, arguments)
         if code != 0:
             raise TemporaryError(
                 f"training on {num_processes} processes ended with exit code {code}"
@@ -144,6 +153,7 @@ def differences(reference: dict[str, Tensor], other: dict[str, Tensor]) -> dict[
 
 def main(directory: str, trial_json: str) -> None:
     """Be one process of a launch: train and write what came out."""
+    take_place()
     traced = trace(Trial(**json.loads(trial_json)))
     state = PartialState()
     save_file(traced, Path(directory) / str(state.process_index))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from resnet_ddp.exits import ExitCode
@@ -23,8 +23,27 @@ GRACE = 20.0  # seconds between the end of the first process and the end of pati
 POLL = 0.1  # seconds
 LAUNCHER_VARIABLE = "RESNET_DDP_LAUNCHER"  # its process number, for the processes it starts
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What torchrun and Accelerate tell the processes that they start, besides.
+LAUNCH_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_")
+TORCHRUN_VARIABLES = (
+    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+)
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)  # by one of these
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without ranks and ports: what is started in it is a launch of its own.
+
+    What a user sets for Accelerate is among what goes: only its launcher reads that.
+    """
+    names = (*LAUNCH_VARIABLES, *TORCHRUN_VARIABLES, LAUNCHER_VARIABLE)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in names and not name.startswith(LAUNCH_PREFIXES)
+    }
 
 
 def end_with_launcher() -> None:

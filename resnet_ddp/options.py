@@ -124,6 +124,9 @@ class RunOptions:
     max_minutes: float | None = option(
         None, minimum=0, metavar="M", help="save and exit 85 in time to be gone after M minutes"
     )
+    copy_data_to: str | None = option(
+        None, metavar="DIR", help="copy the data there first, once a machine: a fast local disk"
+    )
     quiet: bool = option(False, help="show no progress, only the lines that matter")
 
 
@@ -143,6 +146,7 @@ class LocalTrainOptions(TrainOptions):
         metavar="W",
         help="processes on this machine that share each batch",
     )
+    srun: bool = option(False, help="start one process for each task of this Slurm job, all nodes")
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,57 @@ class LocalGridOptions(GridOptions):
 @dataclass(frozen=True)
 class GridRunOptions(TrackOptions, LocalGridOptions):
     """Train all runs of a grid on this machine, or go on with those that are not done."""
+
+
+@dataclass(frozen=True)
+class GridSubmitOptions(GridRunOptions):
+    """Hand what is not done of a grid to Slurm: an array job, and a report when it is over.
+
+    What stands first here may stand in a site file as well, under the same names.
+    """
+
+    partition: str | None = option(None, metavar="NAME", help="as for sbatch")
+    account: str | None = option(None, metavar="NAME", help="as for sbatch")
+    qos: str | None = option(None, metavar="NAME", help="as for sbatch")
+    time: str | None = option(
+        None, metavar="LIMIT", help="of a task; shorter than a run is fine, it goes on"
+    )
+    gres: str | None = option(None, metavar="LIST", help="as for sbatch: gpu:1")
+    constraint: str | None = option(None, metavar="LIST", help="as for sbatch")
+    cpus_per_task: int | None = option(None, minimum=1, metavar="N", help="as for sbatch")
+    mem: str | None = option(None, metavar="SIZE", help="as for sbatch: 16G")
+    array_limit: int | None = option(None, minimum=1, metavar="N", help="tasks at a time")
+    sbatch: str | None = option(None, metavar="OPTIONS", help='any others: --sbatch="--exclude=n7"')
+    runs_per_task: int | None = option(
+        None, minimum=1, metavar="K", help="runs that share a task's GPU or cores"
+    )
+    nodes: int | None = option(None, minimum=1, metavar="N", help="each run on so many nodes")
+    ntasks_per_node: int | None = option(
+        None, minimum=1, metavar="G", help="with --nodes: processes of a run on each, one a GPU"
+    )
+    site: str | None = option(None, metavar="FILE", help="what your cluster wants; docs/slurm.md")
+    complete: bool = option(
+        False, help="have the report job submit again what is missing, at most three times"
+    )
+    resubmission: int = option(
+        0, minimum=0, maximum=3, metavar="N", help="which of these this is; the report job says it"
+    )
+    dry_run: bool = option(False, help="print the scripts, submit nothing")
+
+
+@dataclass(frozen=True)
+class GridTaskOptions(GridRunOptions):
+    """Train some runs of a grid inside a Slurm job, which is requeued while they want more time."""
+
+    cells: str = option(None, metavar="LIST", required=True, help="resnet20/0,resnet20/1")
+    runs_per_task: int = option(
+        1, minimum=1, metavar="K", help="runs that the task has room for; the last may have fewer"
+    )
+    copy_data_to: str | None = option(None, metavar="DIR", help="as for train")
+    srun: bool = option(False, help="as for train")
+    keep_lives: bool = option(
+        False, help="go on counting lives without progress where an earlier job left off"
+    )
 
 
 @dataclass(frozen=True)

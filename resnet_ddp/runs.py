@@ -9,6 +9,7 @@ RUNS/GRID/MODEL/seedN/
     stop              made by whoever wants the run to save and end
     lock, lease.json  who is training it (lease.py)
     log.txt           what it printed, if a grid ran it
+    lives.json        how often it lived without progress, slurm.log: the job's own log (on Slurm)
     model.safetensors, result.json      written last: done
 """
 
@@ -27,8 +28,11 @@ from resnet_ddp.exits import ExitCode, UserError
 from resnet_ddp.lease import Lease
 from resnet_ddp.limits import MAX_INTEGER, MAX_THREADS, PRECISIONS
 from resnet_ddp.recipe import Recipe
+from resnet_ddp.stop import STOP_FILE
 
 LOG = "log.txt"  # what a grid's run printed, life after life
+LIVES_FILE = "lives.json"
+STATUS = "status.json"
 # What a run is: a directory that holds another is never touched.
 IDENTITY = ("model", "seed", "recipe", "recipe_hash", "data_sha256")
 
@@ -105,10 +109,10 @@ class RunDirectory:
         self.metrics_path = self.path / "metrics.jsonl"
         self.timing_path = self.path / "timing.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
-        self.status_path = self.path / "status.json"
+        self.status_path = self.path / STATUS
         self.weights_path = self.path / "model.safetensors"
         self.result_path = self.path / "result.json"
-        self.stop_path = self.path / "stop"
+        self.stop_path = self.path / STOP_FILE
 
     def acquire(self) -> None:
         """Make the directory and take it for this process, until `release`.

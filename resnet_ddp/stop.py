@@ -20,6 +20,8 @@ from types import FrameType
 IMPATIENCE = 1.0  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOP_FILE_POLL = 1.0  # seconds
+STOP_FILE = "stop"
+STOP_FILE_REASON = f"the file {STOP_FILE}"
 SLURM_POLL = 300.0  # seconds: an administrator may change the end of a job
 SLURM_PATIENCE = 60.0  # seconds for squeue to answer
 SLURM_RESERVE = (

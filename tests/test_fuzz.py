@@ -38,7 +38,12 @@ from resnet_ddp.cli import (
 )
 from resnet_ddp.datasets import DataRecord, Dataset, load_dataset, read_record, write_dataset
 from resnet_ddp.exits import ExitCode, UserError
-from resnet_ddp.options import GridRunOptions, GridStatusOptions, LocalTrainOptions
+from resnet_ddp.options import (
+    GridRunOptions,
+    GridStatusOptions,
+    GridSubmitOptions,
+    LocalTrainOptions,
+)
 from resnet_ddp.recipe import HE2015
 from resnet_ddp.runs import IDENTITY, Cell, RunDirectory, Settings, read_object
 
@@ -92,6 +97,13 @@ COMMANDS: dict[str, tuple[type[Any], str, str]] = {  # options, what is needed, 
         "--data prepared --devices cpu",
         "--models=plain20 --seeds=0-2 --recipe=he2015-tiny --runs=file --grid=g --dry-run "
         "--runs-per-device=1 --processes-per-run=2 --max-minutes=0 --precision=fp32",
+    ),
+    "grid submit": (
+        GridSubmitOptions,
+        "--data prepared --dry-run",
+        "--partition=gpu --time=1-0 --gres=gpu:1 --mem=4G --array-limit=2 --runs-per-task=3 --qos= "
+        "--nodes=2 --ntasks-per-node=2 --sbatch=--exclude=n7 --sbatch=n7 --sbatch=' --site=file "
+        "--complete --resubmission=3 --runs=file --grid=g",
     ),
     "grid status": (
         GridStatusOptions,
@@ -189,7 +201,7 @@ def cheap_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resnet_ddp.grid.local.Supervisor.run", lambda _: ExitCode.DONE)
     monkeypatch.setattr("resnet_ddp.grid.local.time", ImpatientTime)
     monkeypatch.setattr("resnet_ddp.cli.time", ImpatientTime)
-    monkeypatch.setattr("resnet_ddp.audit.together.run_together", lambda *_: [])
+    monkeypatch.setattr("resnet_ddp.audit.together.run_together", lambda *_, **__: [])
     monkeypatch.setattr("urllib.request.urlopen", no_network)
 
 

@@ -10,8 +10,11 @@ TOLERANCE = 1e-10  # relative to a tensor's norm, in float64 after three iterati
 MODELS = ("resnet20", "plain20")
 
 
-def run_together(num_processes: int, device: str) -> list[Check]:
+def run_together(num_processes: int, device: str, *, srun: bool = False) -> list[Check]:
     """Train three iterations in float64 on W processes and on one, and compare all that came out.
+
+    Args:
+        srun: the W processes are those of this Slurm job, on all its nodes.
 
     Raises:
         UserError: the machine has no room for so many.
@@ -22,7 +25,7 @@ def run_together(num_processes: int, device: str) -> list[Check]:
     checks = []
     for model in MODELS:
         trial = Trial(model, device=device)
-        others = trace_on(num_processes, trial)
+        others = trace_on(num_processes, trial, srun=srun)
         reference = trace(trial)
         worst: dict[str, float] = {}
         for traced in others:

@@ -31,6 +31,11 @@ class GridCell:
         return f"{self.model} seed {self.seed}"
 
     @property
+    def word(self) -> str:
+        """The same in a word, which `read_cells` reads."""
+        return f"{self.model}/{self.seed}"
+
+    @property
     def cost(self) -> float:
         """Time of an iteration, in units that all cells share; for its place in the queue.
 
@@ -47,6 +52,7 @@ class Grid:
     Attributes:
         runs: the directory that grids lie in.
         name: of this one below it.
+        chosen: of all these runs the ones that are meant; None for all.
     """
 
     runs: Path
@@ -54,10 +60,18 @@ class Grid:
     models: tuple[str, ...]
     seeds: tuple[int, ...]
     recipe: Recipe
+    chosen: tuple[GridCell, ...] | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where all of it lies."""
+        return self.runs / self.name
 
     @property
     def cells(self) -> list[GridCell]:
         """All runs, model by model."""
+        if self.chosen is not None:
+            return list(self.chosen)
         return [GridCell(model, seed) for model in self.models for seed in self.seeds]
 
     def path(self, cell: GridCell) -> Path:
@@ -96,6 +110,23 @@ def read_seeds(text: str) -> tuple[int, ...]:
     if len(seeds) > MAX_SEEDS:
         raise UserError(f"--seeds {text}: more than {MAX_SEEDS} seeds")
     return tuple(sorted(seeds))
+
+
+def read_cells(text: str) -> tuple[GridCell, ...]:
+    """Return the runs of "resnet20/0,plain20/3".
+
+    Raises:
+        UserError: it is not such a list, or one of the models does not exist.
+    """
+    cells = []
+    for word in text.split(","):
+        model, _, seed = word.partition("/")
+        if not re.fullmatch(r"\d{1,10}", seed, re.ASCII) or int(seed) > MAX_INTEGER:
+            raise UserError(f"{text}: write MODEL/SEED, or several: resnet20/0,resnet20/1")
+        if model not in ARCHITECTURES:
+            raise UserError(f"{word}: {choice_message(model, list(ARCHITECTURES))}")
+        cells.append(GridCell(model, int(seed)))
+    return tuple(dict.fromkeys(cells))
 
 
 def longest_first(cells: Iterable[GridCell]) -> list[GridCell]:

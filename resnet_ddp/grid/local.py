@@ -1,4 +1,4 @@
-"""`resnet-ddp grid run` and `grid status` on this machine."""
+"""`resnet-ddp grid run` on this machine, and `grid status` of runs wherever they are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from resnet_ddp.exits import ExitCode
 from resnet_ddp.grid.cells import Grid, GridCell, longest_first
 from resnet_ddp.grid.display import make_display
 from resnet_ddp.grid.picture import as_json, duration, picture, summary
+from resnet_ddp.grid.queue import NO_QUEUE, look_at_queue
 from resnet_ddp.grid.slots import Slot, find_slots
 from resnet_ddp.grid.states import State, States, read_states, seconds_left
 from resnet_ddp.grid.supervisor import Supervisor
@@ -23,6 +24,8 @@ from resnet_ddp.options import GridRunOptions, LocalTrainOptions, TrackOptions, 
 from resnet_ddp.stop import Deadline, StopRequest, slurm_deadline
 
 WATCH_INTERVAL = 2.0  # seconds
+QUEUE_INTERVAL = 10.0  # seconds between two questions to Slurm's controller, which all users share
+QUEUE_PATIENCE = 1.0  # seconds for its answer
 
 
 def run(options: GridRunOptions, grid: Grid, *, prepare: Callable[[], object]) -> ExitCode:
@@ -141,14 +144,18 @@ def plan(grid: Grid, states: States, slots: Sequence[Slot]) -> str:
 def show(grid: Grid, *, watch: bool, as_json_: bool) -> ExitCode:
     """Print how all runs stand, once or until interrupted."""
     observer, console = Observer(), Console(soft_wrap=True)
+    queue, asked_at = NO_QUEUE, float("-inf")
     while True:
         states = read_states(grid, observer)
+        if time.monotonic() - asked_at >= QUEUE_INTERVAL:
+            queue = look_at_queue(grid, patience=QUEUE_PATIENCE)
+            asked_at = time.monotonic()
         if as_json_:
-            print(as_json(grid, states), flush=True)
+            print(as_json(grid, states, queue), flush=True)
         else:
             if watch and console.is_terminal:
                 console.clear()
-            console.print(picture(grid, states))
+            console.print(picture(grid, states, queue=queue))
         if not watch or all(state.state is State.DONE for state in states.values()):
             return ExitCode.DONE
         time.sleep(WATCH_INTERVAL)

@@ -114,6 +114,11 @@ def read_states(grid: Grid, observer: Observer) -> dict[GridCell, RunState]:
     return {cell: read_state(grid.path(cell), grid.recipe, observer) for cell in grid.cells}
 
 
+def is_hopeless(state: RunState) -> bool:
+    """Say whether trying again would repeat what happened: a loss that is not finite."""
+    return state.state is State.FAILED and state.exit_code == ExitCode.NOT_FINITE
+
+
 def last_lines(path: Path) -> list[bytes]:
     """Return the last lines of a file, the first of them perhaps not whole."""
     with path.open("rb") as file:

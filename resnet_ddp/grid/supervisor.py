@@ -1,9 +1,10 @@
 """Runs the cells of a grid: each in a process of its own, as many at a time as there are slots.
 
 One queue, longest first. What is temporary (75, a signal) is tried again, what is not (2, 65, a
-bug) is not, and no run's end touches another's. A request to stop goes to all; they save and
-leave. Other grid runs, here or on hosts that share the directory, may work on the same grid: who
-has a run is told by its lease.
+bug) is not, and no run's end touches another's. How a life ended is read from the run's own record,
+status.json; from its process's exit code only if it came to no record. A request to stop goes to
+all; they save and leave. Other grid runs, here or on hosts that share the directory, may work on
+the same grid: who has a run is told by its lease.
 """
 
 from __future__ import annotations
@@ -17,30 +18,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from resnet_ddp.exits import ExitCode
 from resnet_ddp.grid.cells import Grid, GridCell, longest_first
 from resnet_ddp.grid.display import GridDisplay
+from resnet_ddp.grid.lives import LIVES, Lives
 from resnet_ddp.grid.slots import Slot
 from resnet_ddp.grid.states import (
     RunState,
     State,
+    is_hopeless,
     last_lines,
     read_state,
     read_states,
     saved_iteration,
     seconds_left,
 )
-from resnet_ddp.launcher import LAUNCH_VARIABLES, LAUNCHER_VARIABLE
+from resnet_ddp.launcher import LAUNCHER_VARIABLE, without_launch
 from resnet_ddp.lease import Observer
-from resnet_ddp.runs import LOG, shown
+from resnet_ddp.runs import LOG, STATUS, shown
 from resnet_ddp.stop import SIGNALS, StopRequest
 
 POLL = 0.2  # seconds between two looks at the processes
 REFRESH = 2.0  # seconds between two looks at all directories, which may lie on a slow file system
 PAUSE = 5.0  # seconds before a run is tried again; times the number of its lives without progress
 LONGEST = 4096  # characters of a reason
-LIVES = 3  # without progress, and a run is given up
 
 SIGNAL_NAMES = [number.name for number in SIGNALS]
 
@@ -54,6 +57,7 @@ class Job:
     cell: GridCell
     slot: Slot
     process: subprocess.Popen[bytes]
+    record: tuple[int, int] | None  # which status.json there was before
 
 
 class Supervisor:
@@ -62,6 +66,7 @@ class Supervisor:
     Args:
         command: returns that which trains a run in a slot.
         stop: whether something asks to stop; looked at several times a second.
+        keeps_lives: whether lives without progress are counted in the runs' directories.
     """
 
     def __init__(
@@ -71,6 +76,8 @@ class Supervisor:
         command: Command,
         display: GridDisplay,
         stop: StopRequest,
+        *,
+        keeps_lives: bool = False,
     ) -> None:
         self.grid = grid
         self.slots = slots
@@ -83,8 +90,7 @@ class Supervisor:
         self.put_aside: dict[GridCell, str] = {}  # stopped by somebody else, and by what
         self.states: dict[GridCell, RunState] = {}
         self._observer = Observer()
-        self._saved = {cell: saved_iteration(grid.path(cell)) for cell in grid.cells}
-        self._lives = dict.fromkeys(grid.cells, 0)  # without progress
+        self.lives = {cell: Lives(grid.path(cell), is_kept=keeps_lives) for cell in grid.cells}
         self._not_before = dict.fromkeys(grid.cells, 0.0)
         self._looked_at = -REFRESH
         self._is_stopping = False
@@ -129,7 +135,7 @@ class Supervisor:
             state = self._state(cell)
             if state.state is State.DONE:
                 self.queue.remove(cell)
-            elif _is_hopeless(state):
+            elif is_hopeless(state):
                 self.queue.remove(cell)
                 self._give_up(cell, state.reason)
             elif state.state is State.RUNNING:  # elsewhere
@@ -141,10 +147,15 @@ class Supervisor:
                 del free[0]
 
     def _start(self, cell: GridCell, slot: Slot) -> bool:
-        path = self.grid.path(cell)
+        path, lives = self.grid.path(cell), self.lives[cell]
+        if lives.are_spent:
+            self._give_up(cell, f"{LIVES} lives without progress")
+            return False
         arguments = self.command(cell, slot)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            lives.begin()
+            record = _stamp(path)
             with (path / LOG).open("ab") as log, _keeping_to(slot.cores):
                 moment = datetime.now().astimezone().isoformat(timespec="seconds")
                 line = f"--- {moment} {platform.node()}, {slot.name}: {' '.join(arguments)}\n"
@@ -161,19 +172,19 @@ class Supervisor:
         except OSError as error:
             self._try_again(cell, f"{error.filename or path}: {error.strerror or error}")
             return False
-        self.jobs.append(Job(cell, slot, process))
+        self.jobs.append(Job(cell, slot, process, record))
         self.display.note(f"{cell.name}: started on {slot.name}")
         return True
 
     def _reap(self) -> None:
         """See who has ended, and what that means."""
         for job in list(self.jobs):
-            code = job.process.poll()
-            if code is None:
+            if job.process.poll() is None:
                 continue
             self.jobs.remove(job)
             cell, state = job.cell, self._state(job.cell)
-            if code == ExitCode.DONE and state.state is State.DONE:
+            code = self._code(job, state)
+            if state.state is State.DONE:
                 self.display.note(f"{cell.name}: done, test error {state.test_error_rate:.2%}")
             elif self._is_stopping:
                 self.queue.append(cell)
@@ -185,21 +196,27 @@ class Supervisor:
             elif state.state is State.RUNNING:
                 self.queue.append(cell)  # another grid run was quicker
                 self.queue = longest_first(self.queue)
-            elif code < 0:
-                self._try_again(cell, f"killed by {signal.Signals(-code).name}")
+            elif code is None:
+                self._try_again(cell, _without_a_word(job.process.returncode))
             elif code == ExitCode.TEMPORARY:
                 self._try_again(cell, self._last_line(cell))
             else:
                 self._give_up(cell, self._last_line(cell), code)
 
+    def _code(self, job: Job, state: RunState) -> int | None:
+        """Return what a life ended with, None if it ended without a word."""
+        if _stamp(self.grid.path(job.cell)) != job.record:
+            return state.exit_code
+        code = job.process.returncode
+        return code if code >= 0 else None
+
     def _try_again(self, cell: GridCell, reason: str) -> None:
-        saved = saved_iteration(self.grid.path(cell))
-        self._lives[cell] = 1 if saved > self._saved[cell] else self._lives[cell] + 1
-        self._saved[cell] = max(saved, self._saved[cell])
-        if self._lives[cell] >= LIVES:
+        lives = self.lives[cell]
+        if lives.are_spent:
             self._give_up(cell, f"{LIVES} lives without progress: {reason}")
             return
-        self._not_before[cell] = time.monotonic() + PAUSE * self._lives[cell]
+        saved = saved_iteration(self.grid.path(cell))
+        self._not_before[cell] = time.monotonic() + PAUSE * max(1, lives.count)
         self.queue = longest_first([*self.queue, cell])
         self.display.note(f"{cell.name}: {reason}; trying again from iteration {saved:,}")
 
@@ -249,15 +266,24 @@ class Supervisor:
         return "no log"
 
 
-def _is_hopeless(state: RunState) -> bool:
-    """Say whether trying again would repeat what happened: a loss that is not finite."""
-    return state.state is State.FAILED and state.exit_code == ExitCode.NOT_FINITE
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes whenever a run's status is written: each writing makes a new file."""
+    try:
+        found = (path / STATUS).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _without_a_word(code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"ended without a word (exit code {code})"
 
 
 def _environment(slot: Slot) -> dict[str, str]:
     """Return that of a run: no ranks and ports of whatever started the grid."""
-    kept = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
-    return {**kept, **slot.variables, LAUNCHER_VARIABLE: str(os.getpid())}
+    return {**without_launch(os.environ), **slot.variables, LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 @contextlib.contextmanager
