@@ -197,7 +197,8 @@ mem = "4G"
         body.index(word) for word in ("module load python/3.11", "load cuda", "conda activate")
     ]
     assert order == sorted(order)
-    assert "#SBATCH --partition=cpu\n#SBATCH --mem=4G\n" in scripts.report
+    assert "#SBATCH --partition=cpu\n" in scripts.report
+    assert re.findall("--mem=.*", scripts.report) == ["--mem=4G"]
     assert "conda activate" in scripts.report
 
 
