@@ -83,6 +83,9 @@ class _Still:
     def __call__(self, _iteration: Tensor) -> tuple[Tensor, Tensor]:
         return self.images, self.labels
 
+    def seek(self, iteration: int) -> None:
+        """Have any iteration come next."""
+
 
 def _settings(subject: Subject, *names: str) -> list[dict[str, Any]]:
     found = []
