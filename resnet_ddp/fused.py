@@ -1,4 +1,4 @@
-"""On a CPU: convolution, BatchNorm, the addition of the shortcut and ReLU as one layer.
+"""On a CPU: convolution, BatchNorm, the addition of the shortcut and ReLU as one layer, in chains.
 
 `fuse(model)` returns the same network, parameters and names of `CifarNet` kept, whose training
 steps go through our `kernels`. It is the mathematics of `batchnorm`, whose groups and exchange of
@@ -10,12 +10,17 @@ sums serve here too. Gains:
 - In fp32 channels-last maps become possible: torch's BatchNorm adds those up one number after the
   other, and loses digits.
 - In bf16 weight gradients are not rounded to bf16.
+- Layers in a row are one call each way, on maps that are kept from step to step: what Python and
+  autograd take for a layer was a tenth of a step, in one thread, while the others waited.
 
 Shapes: b images of this process, C channels, H rows, W columns, G groups in the global batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, cast
 
 import torch
@@ -26,8 +31,10 @@ from resnet_ddp import kernels as our_kernels
 from resnet_ddp.augment import Draws, Normalisation, crop_and_flip
 from resnet_ddp.batchnorm import GroupBatchNorm2d, Groups
 from resnet_ddp.compilation import compile_checked
-from resnet_ddp.kernels import Kernels, Layer
-from resnet_ddp.models import Block, CifarNet, build_model
+from resnet_ddp.kernels import CHANNELS, Kernels, Layer
+from resnet_ddp.models import Block, CifarNet, IdentityShortcut, build_model
+
+INPUT = -1  # the place of what goes into a chain
 
 
 def load() -> Kernels | None:
@@ -60,124 +67,247 @@ def trouble_with(kernels: Kernels) -> str:
     return ""
 
 
-class _Layer(torch.autograd.Function):
-    """relu(BatchNorm(convolution(x)) + residual), twice: for the next layer and for the shortcut.
+@dataclass(frozen=True)
+class Link:
+    """A layer of a chain: relu(bn(conv(x)) + residual), where x is the output of the one before.
 
-    Two outputs of the same memory, so that backward is given the two gradients apart and adds them
-    while it reads them.
+    Attributes:
+        residual: the place in the chain of the layer whose output is added, INPUT, or None.
+        stride: 2 adds every second pixel of it, and nothing to the second half of the channels
+            (option A).
     """
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    residual: int | None = None
+    stride: int = 1
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The convolution's weight, BatchNorm's weight and bias."""
+        return self.conv.weight, self.bn.weight, self.bn.bias
+
+
+class Chain:
+    """Layers in a row, run by one call each way; several where processes exchange their sums."""
+
+    def __init__(self, kernels: Kernels, links: Sequence[Link]) -> None:
+        self.kernels, self.links = kernels, tuple(links)
+        self._maps: _Maps | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the last layer's output twice, for the next layer and for a shortcut.
+
+        Two outputs of the same memory, so that backward is given the two gradients apart and adds
+        them while it reads them. The running statistics are updated.
+
+        Args:
+            x: (b, C, H, W).
+            residual: what is added where a link's residual is INPUT.
+        """
+        parameters = [parameter for link in self.links for parameter in link.parameters]
+        outs: tuple[Tensor, Tensor] = _Run.apply(  # type: ignore[no-untyped-call]
+            self, x, residual, *parameters
+        )
+        return outs
+
+    def maps(self, x: Tensor) -> _Maps:
+        """Return those for inputs such as x: the last ones, as long as it stays alike."""
+        if self._maps is None or not self._maps.fit(x):
+            self._maps = _Maps(self.kernels, self.links, x)
+        return self._maps
+
+
+class _Run(torch.autograd.Function):
+    """A chain, forward and backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: Kernels,
-        conv: nn.Conv2d,
-        bn: nn.BatchNorm2d,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
+        ctx: Any, chain: Chain, x: Tensor, residual: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = _channels_last(x, _compute_type(weight))
-        assert weight.is_contiguous(memory_format=torch.channels_last)
-        (stride, _), (images, in_channels, height, width) = conv.stride, x.shape
-        channels, height, width = len(weight), height // stride, width // stride
-        convolves = kernels.has_convolution(conv, x)
-        if convolves:
-            shape = (images, channels, height, width)
-            y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        else:
-            y = F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding)
-            y = _channels_last(y, x.dtype)
+        dtype = _compute_type(parameters[0])
         if residual is not None:
-            residual = _channels_last(residual, x.dtype)
-        out = torch.empty_like(y)
-        groups = _groups(bn, images)
-        affine = torch.empty(3, groups.num_groups, channels)
-        # The sums of y and of its square, then 1 / deviation; zeros for groups of other processes.
-        wide = torch.zeros(3, groups.num_groups, channels, dtype=torch.float64)
-        layer = Layer(
-            ci=in_channels,
-            co=channels,
-            stride=stride,
-            size=x.shape[2],
-            images=images,
-            first=groups.share.start,
-            groups=groups.num_groups,
-            group_size=groups.group_size,
-            pixels=height * width,
-            convolves=convolves,
-            eps=bn.eps,
-            momentum=bn.momentum,
-            weight=weight.data_ptr(),
-            bn_weight=bn_weight.data_ptr(),
-            bn_bias=bn_bias.data_ptr(),
-            running_mean=_address(bn.running_mean),
-            running_var=_address(bn.running_var),
-            x=x.data_ptr(),
-            residual=_address(residual),
-            y=y.data_ptr(),
-            out=out.data_ptr(),
-            affine=affine.data_ptr(),
-            sums=wide.data_ptr(),
-            invstd=wide[2].data_ptr(),
-        )
-        kernels.call("forward_sums", layer, x.dtype)
-        groups.sum_over_processes(wide[:2])
-        kernels.call("forward_rest", layer, x.dtype)
-        # The next convolution keeps the output anyway; without a residual y tells the mask.
-        ctx.save_for_backward(x, weight, y, None if residual is None else out, affine, wide)
-        ctx.kernels, ctx.conv, ctx.groups, ctx.layer = kernels, conv, groups, layer
+            residual = _channels_last(residual, dtype)
+        x = _channels_last(x, dtype)
+        ctx.maps = chain.maps(x)
+        out = ctx.maps.forward(x, residual)
+        ctx.count = ctx.maps.count
         ctx.set_materialize_grads(False)
         return out, out.view_as(out)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad1: Tensor | None, grad2: Tensor | None
-    ) -> tuple[None, None, None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-        x, weight, y, out, _, _ = ctx.saved_tensors
-        kernels: Kernels = ctx.kernels
-        groups: Groups = ctx.groups
-        layer: Layer = ctx.layer
-        grads = [_channels_last(grad, y.dtype) for grad in (grad1, grad2) if grad is not None]
-        masked = None if out is None and len(grads) == 1 else torch.empty_like(y)
-        sums = torch.zeros(2, groups.num_groups, y.shape[1], dtype=torch.float64)
-        grad_bn_weight, grad_bn_bias = torch.empty(2, y.shape[1])
-        grad_x = torch.empty_like(x if layer.convolves else y)
-        grad_weight = torch.empty_like(weight)
-        layer.grad1 = grads[0].data_ptr()
-        layer.grad2 = grads[1].data_ptr() if len(grads) == 2 else None
-        layer.masked = _address(masked)
-        layer.grad_sums = sums.data_ptr()
-        layer.bn_weight_grad = grad_bn_weight.data_ptr()
-        layer.bn_bias_grad = grad_bn_bias.data_ptr()
-        layer.grad_x = grad_x.data_ptr()
-        layer.weight_grad = grad_weight.data_ptr()
-        kernels.call("backward_sums", layer, y.dtype)  # this process's gradients; DDP adds others'
-        groups.sum_over_processes(sums)
-        kernels.call("backward_rest", layer, y.dtype)
-        if not layer.convolves:
-            grad_x, grad_weight = _convolution_back(
-                ctx.conv, grad_x, x, weight, needs_x=ctx.needs_input_grad[3]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        maps: _Maps = ctx.maps
+        if ctx.count != maps.count:
+            raise RuntimeError("these maps were overwritten: backward must follow its own forward")
+        present = [_channels_last(grad, maps.dtype) for grad in grads if grad is not None]
+        grad_x, grad_residual, parameters = maps.backward(present, needs_x=ctx.needs_input_grad[1])
+        return None, grad_x, grad_residual, *parameters
+
+
+class _Maps:
+    """The maps of a chain's layers, the same memory in every step, and the calls that fill them.
+
+    Attributes:
+        count: how often forward was run; backward finds the maps of the last time.
+    """
+
+    def __init__(self, kernels: Kernels, links: Sequence[Link], x: Tensor) -> None:
+        self.kernels, self.links, self.shape, self.dtype = kernels, links, x.shape, x.dtype
+        self.groups = _groups(links[0].bn, len(x))
+        self.count = 0
+        self.layers = (Layer * len(links))()
+        self.xs, self.ys = [x], []  # the last of xs is the output
+        self.affine, self.sums = [], []
+        self.residual: Tensor | None = None
+        images, channels, height, width = x.shape
+        for link, layer in zip(links, self.layers, strict=True):
+            layer.convolves = kernels.has_convolution(link.conv, self.xs[-1].shape, self.dtype)
+            layer.ci, layer.co, layer.size = channels, len(link.conv.weight), height
+            assert layer.co in CHANNELS  # the kernels would leave others undone in silence
+            layer.stride, _ = link.conv.stride
+            channels, height, width = layer.co, height // layer.stride, width // layer.stride
+            layer.pixels, layer.width = height * width, width
+            layer.images, layer.first = images, self.groups.share.start
+            layer.groups, layer.group_size = self.groups.num_groups, self.groups.group_size
+            layer.eps, layer.momentum = link.bn.eps, link.bn.momentum
+            y = torch.empty(images, height, width, channels, dtype=self.dtype).permute(0, 3, 1, 2)
+            self.ys.append(y)
+            self.xs.append(torch.empty_like(y))
+            self.affine.append(torch.empty(3, layer.groups, channels))
+            # The sums of y and of its square, 1 / deviation, two sums of gradients.
+            self.sums.append(torch.zeros(5, layer.groups, channels, dtype=torch.float64))
+        self.is_one_call = not self.groups.is_distributed and all(
+            layer.convolves for layer in self.layers
+        )
+        self._connect()
+
+    def _connect(self) -> None:
+        """Tell the layers where everything lies that stays there.
+
+        The gradients of maps take turns in two places each, which stay in the cache.
+        """
+        largest = max(each.numel() for each in (*self.xs, *self.ys))
+        self.gradients = torch.empty(4, largest, dtype=self.dtype)
+        towards_x, masked = cycle(self.gradients[:2]), cycle(self.gradients[2:])
+        for place, (link, layer) in enumerate(zip(self.links, self.layers, strict=True)):
+            layer.x, layer.y = self.xs[place].data_ptr(), self.ys[place].data_ptr()
+            layer.out = self.xs[place + 1].data_ptr()
+            sums = self.sums[place]
+            layer.affine, layer.sums = self.affine[place].data_ptr(), sums.data_ptr()
+            layer.invstd, layer.grad_sums = sums[2].data_ptr(), sums[3].data_ptr()
+            layer.grad_x = next(towards_x).data_ptr()
+            if place:
+                self.layers[place - 1].grad1 = layer.grad_x
+            layer.residual_stride = layer.grad2_stride = 1
+            if link.residual is not None and link.residual != INPUT:
+                source = self.layers[link.residual]
+                assert layer.co == link.stride * source.co
+                layer.residual, layer.residual_stride = source.out, link.stride
+                source.grad2 = layer.masked = next(masked).data_ptr()
+                source.grad2_stride = link.stride
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether they are for maps of this shape and type."""
+        return x.shape == self.shape and x.dtype == self.dtype
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Fill the maps, and return the output, which is new each time."""
+        self.count += 1
+        self.xs[0], self.residual = x, residual
+        out = self.xs[-1] = torch.empty_like(self.xs[-1])
+        self.layers[0].x, self.layers[-1].out = x.data_ptr(), out.data_ptr()
+        for link, layer in zip(self.links, self.layers, strict=True):
+            layer.weight, layer.bn_weight, layer.bn_bias = (p.data_ptr() for p in link.parameters)
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = (
+                buffer.data_ptr() for buffer in link.bn.buffers()
             )
-        grad_residual = masked if ctx.needs_input_grad[4] else None
-        return None, None, None, grad_x, grad_residual, grad_weight, grad_bn_weight, grad_bn_bias
+            if link.residual == INPUT:
+                assert residual is not None
+                layer.residual = residual.data_ptr()
+        if self.is_one_call:
+            self.kernels.call("forward", self.layers, self.dtype)
+        else:
+            self._forward_apart()
+        return out
+
+    def backward(
+        self, grads: Sequence[Tensor], *, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+        """Return the gradients of x, of the residual and of the parameters.
+
+        Args:
+            grads: one or two of the output, to be added up.
+        """
+        first, last = self.layers[0], self.layers[-1]
+        last.grad1, *more = (grad.data_ptr() for grad in grads)
+        last.grad2 = more[0] if more else None
+        if self.links[-1].residual is None:
+            masked = torch.empty_like(self.ys[-1]) if more else None
+            last.masked = None if masked is None else masked.data_ptr()
+        grad_x = torch.empty_like(self.xs[0])
+        first.grad_x = grad_x.data_ptr()
+        grad_residual = None if self.residual is None else torch.empty_like(self.residual)
+        parameters = []
+        for link, layer in zip(self.links, self.layers, strict=True):
+            parameters += (of_layer := [torch.empty_like(p) for p in link.parameters])
+            layer.weight_grad, layer.bn_weight_grad, layer.bn_bias_grad = (
+                grad.data_ptr() for grad in of_layer
+            )
+            if link.residual == INPUT:
+                assert grad_residual is not None
+                layer.masked = grad_residual.data_ptr()
+        if self.is_one_call:
+            self.kernels.call("backward", self.layers, self.dtype)
+            return grad_x, grad_residual, parameters
+        return self._backward_apart(grad_x, parameters, needs_x=needs_x), grad_residual, parameters
+
+    def _forward_apart(self) -> None:
+        """Go layer by layer, and exchange sums within each; PyTorch convolves where we do not."""
+        for place, (link, layer) in enumerate(zip(self.links, self.layers, strict=True)):
+            if not layer.convolves:
+                conv, weight = link.conv, link.conv.weight.to(self.dtype)
+                y = F.conv2d(self.xs[place], weight, None, conv.stride, conv.padding)
+                self.ys[place] = _channels_last(y, self.dtype)
+                layer.y = self.ys[place].data_ptr()
+            sums = self.sums[place].zero_()  # those of groups that are all in other processes
+            self.kernels.call("forward_sums", layer, self.dtype)
+            self.groups.sum_over_processes(sums[:2])
+            self.kernels.call("forward_rest", layer, self.dtype)
+
+    def _backward_apart(
+        self, grad_x: Tensor, parameters: list[Tensor], *, needs_x: bool
+    ) -> Tensor | None:
+        """Go back layer by layer; return the gradient of x, which is grad_x if we convolve."""
+        of_x: Tensor | None = grad_x
+        for place in reversed(range(len(self.links))):
+            conv, layer, y = self.links[place].conv, self.layers[place], self.ys[place]
+            of_y = torch.empty_like(y)
+            if not layer.convolves:
+                layer.grad_x = of_y.data_ptr()
+            self.kernels.call("backward_sums", layer, self.dtype)  # DDP adds other processes'
+            self.groups.sum_over_processes(self.sums[place][3:])
+            self.kernels.call("backward_rest", layer, self.dtype)
+            if not layer.convolves:
+                of_x, parameters[3 * place] = _convolution_back(
+                    conv, of_y, self.xs[place], needs_x=place > 0 or needs_x
+                )
+                if place:
+                    assert of_x is not None
+                    of_x = _channels_last(of_x, self.dtype)
+                    self.layers[place - 1].grad1 = of_x.data_ptr()
+        return of_x
 
 
 def _convolution_back(
-    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, *, needs_x: bool
-) -> tuple[Tensor, Tensor]:
-    """Return PyTorch's gradients of x and weight."""
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return PyTorch's gradients of x and the weight."""
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        *(grad, x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation),
+        *(grad, x, conv.weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation),
         *(False, (0, 0), 1, (needs_x, True, False)),
     )
-    return grad_x, grad_weight.to(weight.dtype)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    return grad_x, grad_weight.to(conv.weight.dtype)
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,49 +326,19 @@ def _groups(bn: nn.BatchNorm2d, num_images: int) -> Groups:
     return Groups(num_images, num_images, slice(0, num_images), is_distributed=False)
 
 
-def layer(
-    kernels: Kernels,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    x: Tensor,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return relu(bn(conv(x)) + residual), twice, and update the running statistics in training."""
-    if not bn.training:
-        out = bn(conv(x))
-        out = F.relu(out if residual is None else out + residual)
-        return out, out
-    assert bn.num_batches_tracked is not None
-    with torch.no_grad():
-        bn.num_batches_tracked.add_(1)
-    outs: tuple[Tensor, Tensor] = _Layer.apply(  # type: ignore[no-untyped-call]
-        kernels, conv, bn, x, residual, conv.weight, bn.weight, bn.bias
-    )
-    return outs
-
-
-class FusedBlock(Block):
-    """A block that takes and gives the pair of outputs of `layer`."""
-
-    kernels: Kernels
-
-    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Two of (b, C, H, W) -> two of (b, C', H / stride, W / stride)."""
-        x, for_shortcut = pair
-        out, _ = layer(self.kernels, self.conv1, self.bn1, x)
-        residual = None if self.shortcut is None else self.shortcut(for_shortcut)
-        return layer(self.kernels, self.conv2, self.bn2, out, residual)
-
-
 class FusedNet(CifarNet):
-    """`CifarNet` of fused blocks."""
+    """`CifarNet`, whose training steps go through chains."""
 
-    kernels: Kernels
+    chains: list[tuple[nn.Module | None, Chain]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (b, 3, 32, 32) to logits (b, K)."""
-        pair = layer(self.kernels, self.conv, self.bn, images)
-        x, _ = self.blocks(pair)
+        if not self.bn.training:
+            return super().forward(images)
+        x, for_shortcut = images, None
+        for shortcut, chain in self.chains:
+            residual = None if shortcut is None else shortcut(for_shortcut)
+            x, for_shortcut = chain(x, residual)
         logits: Tensor = self.linear(x.mean(dim=(2, 3)))
         return logits
 
@@ -246,20 +346,32 @@ class FusedNet(CifarNet):
 def fuse(model: CifarNet, kernels: Kernels) -> FusedNet:
     """Return the network through the kernels, with the model's own parameters and buffers."""
     our_kernels.keep_freed_memory()
-    fused: FusedNet = _as(FusedNet, model, kernels)
-    fused.blocks = nn.Sequential(
-        *(_as(FusedBlock, block, kernels) for block in model.blocks.children())
-    )
+    fused: FusedNet = object.__new__(FusedNet)
+    nn.Module.__init__(fused)
+    for name, child in model.named_children():
+        fused.add_module(name, child)
+    fused.chains = [(shortcut, Chain(kernels, links)) for shortcut, links in _chains(model)]
     return fused
 
 
-def _as(cls: type[Any], module: nn.Module, kernels: Kernels) -> Any:
-    """Return a module of the class with the module's children; the kernels are no child."""
-    result: Any = object.__new__(cls)
-    nn.Module.__init__(result)
-    for name, child in module.named_children():
-        result.add_module(name, child)
-    if not hasattr(result, "shortcut") and isinstance(module, Block):
-        result.shortcut = None
-    result.kernels = kernels
-    return result
+def _chains(model: CifarNet) -> list[tuple[nn.Module | None, list[Link]]]:
+    """Return the model's layers in as few chains as may be, each with what makes its residual.
+
+    The first convolution is PyTorch's, and so are shortcuts other than the identity.
+    """
+    chains: list[tuple[nn.Module | None, list[Link]]] = [(None, [Link(model.conv, model.bn)])]
+    for number, block in enumerate(cast(Iterable[Block], model.blocks.children())):
+        shortcut, residual, stride = block.shortcut, None, 1
+        is_ours = type(shortcut) in (type(None), nn.Identity, IdentityShortcut)
+        if number == 0 or not is_ours:
+            chains.append((shortcut, []))
+            residual = None if shortcut is None else INPUT
+        elif shortcut is not None:
+            residual = len(chains[-1][1]) - 1
+            stride = getattr(shortcut, "stride", 1)
+        links = chains[-1][1]
+        links += [
+            Link(block.conv1, block.bn1),
+            Link(block.conv2, block.bn2, residual, stride),
+        ]
+    return chains

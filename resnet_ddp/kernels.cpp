@@ -108,11 +108,14 @@ void add_statistics(const T *x, int64_t rows, double *total) {
 // groups of `group_size` places. Maps are (images, pixels, channels).
 struct Layer {
     int ci, co, stride, size;  // of the convolution; size: height and width of x
-    int images, first, groups, group_size, pixels;  // pixels of an image of y
-    int convolves;                                  // y is computed here, and grad_x is that of x
+    int images, first, groups, group_size;
+    int pixels, width;                   // of an image of y; width: pixels of a row
+    int convolves;                       // y is computed here, and grad_x is that of x
+    int residual_stride, grad2_stride;   // 2: through option A's shortcut
     double eps, momentum;
     const float *weight, *bn_weight, *bn_bias;  // weight [co][ky][kx][ci]
     float *running_mean, *running_var;
+    int64_t *num_batches_tracked;
     const void *x, *residual;
     void *y, *out;
     float *affine;                                  // [mean, scale, shift][group][co]
@@ -190,6 +193,7 @@ void statistics(const Layer &layer, const Piece &piece, int threads) {
 
 // From the sums over all processes to what the rest needs of them, and the running statistics.
 void finish_statistics(const Layer &layer) {
+    ++*layer.num_batches_tracked;
     const int C = layer.co, G = layer.groups;
     const double count = double(layer.group_size) * layer.pixels;
     for (int c = 0; c < C; c++) {
@@ -223,21 +227,41 @@ struct Affine {
           shift(layer.affine + (2 * layer.groups + group) * C) {}
 };
 
+// What is added to 16 channels of pixel r. With STRIDE 2 (option A) the residual has half the
+// channels and four times the pixels: every second one is taken, and zeros beyond its channels.
+template <class T, int C, int STRIDE>
+Floats residual_at(const T *residual, int width, int64_t r, int v) {
+    if (STRIDE == 0 || (STRIDE == 2 && v >= C / 32)) return Floats{};
+    if (STRIDE == 1) return load(residual + r * C + 16 * v);
+    return load(residual + (r / width * 4 * width + r % width * 2) * (C / 2) + 16 * v);
+}
+
+// What comes back through such a shortcut to 16 channels of pixel r, from a gradient of twice the
+// channels and a quarter of the pixels.
+template <class T, int C, int STRIDE>
+Floats second_at(const T *grad2, int width, int64_t r, int v) {
+    if (STRIDE == 0) return Floats{};
+    if (STRIDE == 1) return load(grad2 + r * C + 16 * v);
+    const int64_t i = r / width, j = r % width;
+    if (i % 2 || j % 2) return Floats{};
+    return load(grad2 + (i / 2 * (width / 2) + j / 2) * 2 * C + 16 * v);
+}
+
 // out = relu(scale * y + shift + residual).
-template <class T, int C, bool HAS_RESIDUAL>
+template <class T, int C, int RESIDUAL>
 void apply(const Layer &layer, const Piece &piece, int threads) {
     const Affine<C> affine(layer, piece.group);
     const Pixel<C> a = affine.scale, b = affine.shift;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int n = piece.first; n < piece.first + piece.count; n++) {
         const T *y = layer.map<T>(layer.y, n, layer.y_size());
-        const T *residual = layer.map<T>(layer.residual, n, layer.y_size());
+        const T *residual = layer.map<T>(layer.residual, n, layer.y_size() * std::max(1, RESIDUAL));
         T *out = layer.map<T>(layer.out, n, layer.y_size());
         for (int64_t r = 0; r < layer.pixels; r++)
             for (int v = 0; v < C / 16; v++) {
                 int64_t i = r * C + 16 * v;
                 Floats result = load(y + i) * a.part[v] + b.part[v];
-                if (HAS_RESIDUAL) result += load(residual + i);
+                if (RESIDUAL) result += residual_at<T, C, RESIDUAL>(residual, layer.width, r, v);
                 store(result < 0 ? Floats{} : result, out + i);  // NaN stays
             }
     }
@@ -245,7 +269,7 @@ void apply(const Layer &layer, const Piece &piece, int threads) {
 
 // g = (grad1 + grad2) where the output was positive. The sums of g and of g * (y - mean). With a
 // residual the output is looked at and g is written down; without, both are found again.
-template <class T, int C, bool HAS_RESIDUAL, bool HAS_SECOND>
+template <class T, int C, bool HAS_RESIDUAL, int SECOND>
 void grad_statistics(const Layer &layer, const Piece &piece, int threads) {
     const Affine<C> affine(layer, piece.group);
     size_t stride = size_t(layer.groups) * C;
@@ -254,7 +278,7 @@ void grad_statistics(const Layer &layer, const Piece &piece, int threads) {
             const Pixel<C> m = affine.mean, a = affine.scale, b = affine.shift;
             const int64_t size = layer.y_size();
             const T *grad1 = layer.map<T>(layer.grad1, n, size);
-            const T *grad2 = layer.map<T>(layer.grad2, n, size);
+            const T *grad2 = layer.map<T>(layer.grad2, n, size / std::max(1, SECOND));
             const T *y = layer.map<T>(layer.y, n, size), *out = layer.map<T>(layer.out, n, size);
             T *masked = layer.map<T>(layer.masked, n, size);
             for (int64_t start = 0; start < layer.pixels; start += CHUNK) {
@@ -265,10 +289,10 @@ void grad_statistics(const Layer &layer, const Piece &piece, int threads) {
                     for (int v = 0; v < C / 16; v++) {
                         int64_t i = r * C + 16 * v;
                         Floats g = load(grad1 + i), from = load(y + i);
-                        if (HAS_SECOND) g += load(grad2 + i);
+                        if (SECOND) g += second_at<T, C, SECOND>(grad2, layer.width, r, v);
                         Floats o = HAS_RESIDUAL ? load(out + i) : from * a.part[v] + b.part[v];
                         g = o > 0 ? g : Floats{};
-                        if (HAS_RESIDUAL || HAS_SECOND) store(g, masked + i);
+                        if (HAS_RESIDUAL || SECOND) store(g, masked + i);
                         sum[v] += g;
                         dot[v] += g * (from - m.part[v]);
                     }
@@ -981,17 +1005,18 @@ template <class T, int C>
 void forward_rest(const Layer &layer, int threads) {
     finish_statistics(layer);
     for (const Piece &piece : pieces(layer))
-        if (layer.residual) apply<T, C, true>(layer, piece, threads);
-        else apply<T, C, false>(layer, piece, threads);
+        if (!layer.residual) apply<T, C, 0>(layer, piece, threads);
+        else if (layer.residual_stride == 1) apply<T, C, 1>(layer, piece, threads);
+        else apply<T, C, 2>(layer, piece, threads);
 }
 
-template <class T, int C>
+template <class T, int C, bool HAS_RESIDUAL>
 void backward_sums(const Layer &layer, int threads) {
     for (const Piece &piece : pieces(layer))
-        if (layer.residual && layer.grad2) grad_statistics<T, C, true, true>(layer, piece, threads);
-        else if (layer.residual) grad_statistics<T, C, true, false>(layer, piece, threads);
-        else if (layer.grad2) grad_statistics<T, C, false, true>(layer, piece, threads);
-        else grad_statistics<T, C, false, false>(layer, piece, threads);
+        if (!layer.grad2) grad_statistics<T, C, HAS_RESIDUAL, 0>(layer, piece, threads);
+        else if (layer.grad2_stride == 1)
+            grad_statistics<T, C, HAS_RESIDUAL, 1>(layer, piece, threads);
+        else grad_statistics<T, C, HAS_RESIDUAL, 2>(layer, piece, threads);
     parameter_gradients(layer);
 }
 
@@ -1043,7 +1068,7 @@ void crop(const Crops &crops) {
 
 }  // namespace
 
-// Forward and backward are each in two parts, between which processes add up their sums.
+// A layer is two parts each way, between which processes add up their sums; a chain is all layers.
 #define FOR_TYPE(T, NAME)                                                           \
     void forward_sums_##NAME(const Layer *layer, int threads) {                     \
         BY_CHANNELS(layer->co, (forward_sums<T, C_>(*layer, threads)))              \
@@ -1052,13 +1077,28 @@ void crop(const Crops &crops) {
         BY_CHANNELS(layer->co, (forward_rest<T, C_>(*layer, threads)))              \
     }                                                                               \
     void backward_sums_##NAME(const Layer *layer, int threads) {                    \
-        BY_CHANNELS(layer->co, (backward_sums<T, C_>(*layer, threads)))             \
+        BY_CHANNELS(layer->co, {                                                    \
+            if (layer->residual) backward_sums<T, C_, true>(*layer, threads);       \
+            else backward_sums<T, C_, false>(*layer, threads);                      \
+        })                                                                          \
     }                                                                               \
     void backward_rest_##NAME(const Layer *layer, int threads) {                    \
         BY_CHANNELS(layer->co, {                                                    \
             if (layer->masked) backward_rest<T, C_, false>(*layer, threads);        \
             else backward_rest<T, C_, true>(*layer, threads);                       \
         })                                                                          \
+    }                                                                               \
+    void forward_##NAME(const Layer *layers, int count, int threads) {              \
+        for (int k = 0; k < count; k++) {                                           \
+            forward_sums_##NAME(layers + k, threads);                               \
+            forward_rest_##NAME(layers + k, threads);                               \
+        }                                                                           \
+    }                                                                               \
+    void backward_##NAME(const Layer *layers, int count, int threads) {             \
+        for (int k = count - 1; k >= 0; k--) {                                      \
+            backward_sums_##NAME(layers + k, threads);                              \
+            backward_rest_##NAME(layers + k, threads);                              \
+        }                                                                           \
     }
 
 extern "C" {

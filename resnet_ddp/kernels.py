@@ -46,10 +46,13 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("ci", "co", "stride", "size")),
-        *((name, ctypes.c_int) for name in ("images", "first", "groups", "group_size", "pixels")),
-        *(("convolves", ctypes.c_int), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)),
+        *((name, ctypes.c_int) for name in ("images", "first", "groups", "group_size")),
+        *((name, ctypes.c_int) for name in ("pixels", "width", "convolves")),
+        *((name, ctypes.c_int) for name in ("residual_stride", "grad2_stride")),
+        *((name, ctypes.c_double) for name in ("eps", "momentum")),
         *((name, ctypes.c_void_p) for name in ("weight", "bn_weight", "bn_bias")),
         *((name, ctypes.c_void_p) for name in ("running_mean", "running_var")),
+        ("num_batches_tracked", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "out")),
         *((name, ctypes.c_void_p) for name in ("affine", "sums", "invstd", "grad_sums")),
         *((name, ctypes.c_void_p) for name in ("grad1", "grad2", "masked", "grad_x")),
@@ -69,7 +72,7 @@ class Crops(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled functions. Each direction is in two parts: between them the sums are exchanged.
+    """The compiled functions.
 
     Maps (b, C, H, W) and weights lie in channels-last; C and C' are of `CHANNELS`.
     """
@@ -77,15 +80,20 @@ class Kernels:
     library: ctypes.CDLL
     name: str
 
-    def call(self, part: str, layer: Layer, dtype: torch.dtype) -> None:
-        """Run "forward_sums", "forward_rest", "backward_sums" or "backward_rest".
+    def call(self, part: str, layers: ctypes.Array[Layer] | Layer, dtype: torch.dtype) -> None:
+        """Run a chain "forward" or "backward", or a part of that for one layer.
+
+        Each direction of a layer is in two parts, "_sums" and "_rest"; between them processes
+        exchange their sums.
 
         Args:
             dtype: of the maps; float32 or bfloat16.
         """
-        # The kernels know these alone, and would leave others undone in silence.
-        assert layer.co in CHANNELS and (layer.ci in CHANNELS or not layer.convolves)
-        getattr(self.library, f"{part}_{NAMES[dtype]}")(ctypes.byref(layer), _threads())
+        run = getattr(self.library, f"{part}_{NAMES[dtype]}")
+        if isinstance(layers, Layer):
+            run(ctypes.byref(layers), _threads())
+        else:
+            run(layers, len(layers), _threads())
 
     def augment(
         self, images: Tensor, which: Tensor, draws: Draws, normalise: Normalisation, padding: int
@@ -120,16 +128,16 @@ class Kernels:
         self.library.crop_images(ctypes.byref(crops))
         return out
 
-    def has_convolution(self, conv: nn.Conv2d, x: Tensor) -> bool:
-        """Whether this convolution of x is done too, and faster than by PyTorch."""
+    def has_convolution(self, conv: nn.Conv2d, x_shape: torch.Size, dtype: torch.dtype) -> bool:
+        """Whether this convolution is done too, and faster than by PyTorch."""
+        _, _, height, width = x_shape
         return (
-            x.dtype in NAMES
-            and conv.kernel_size == (3, 3)
+            conv.kernel_size == (3, 3)
             and conv.in_channels in CHANNELS
             and conv.out_channels in CHANNELS
-            and x.shape[2] == x.shape[3]
-            and x.shape[2] % (8 * conv.stride[0]) == 0
-            and bool(getattr(self.library, f"has_convolutions_{NAMES[x.dtype]}")())
+            and height == width
+            and height % (8 * conv.stride[0]) == 0
+            and bool(getattr(self.library, f"has_convolutions_{NAMES[dtype]}")())
         )
 
 

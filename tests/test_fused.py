@@ -110,7 +110,8 @@ def tensors_of_layer(
         first = second = F.relu(out + leaves[1] if has_residual else out)
     else:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            first, second = fused.layer(kernels, conv, bn, *leaves)
+            residual_of = fused.INPUT if has_residual else None
+            first, second = fused.Chain(kernels, [fused.Link(conv, bn, residual_of)])(*leaves)
     loss = (first * grads[0]).sum() + ((second * grads[1]).sum() if has_second else 0)
     loss.backward()
     parameters = (*leaves, conv.weight, bn.weight, bn.bias)
@@ -231,6 +232,16 @@ def test_augmentation_has_torchs_bits(kernels: Kernels, padding: int, mean: str)
         normalise = Normalisation.channel((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), torch.device("cpu"))
     expected = crop_and_flip(normalise(images[which]), draws, padding)
     assert torch.equal(kernels.augment(images, which, draws, normalise, padding), expected)
+
+
+def test_backward_after_another_forward_is_refused(kernels: Kernels) -> None:
+    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(2, 3, 32, 32)
+    first = network(images).sum()
+    network(images)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        first.backward()
 
 
 def test_same_bits_again(kernels: Kernels) -> None:
