@@ -718,7 +718,8 @@ void winograd(const Padded<T> &x, const std::vector<Unit> &weights, int co, T *o
                     for (int t = 0; t < TILES; t++)
                         sums[t] = multiply_add<T>(sums[t], lanes, in[t * Combined::UNITS + u]);
                 }
-                memcpy(outputs[k], sums, sizeof sums);
+#pragma GCC unroll 16
+                for (int t = 0; t < TILES; t++) outputs[k][t] = sums[t];
             }
             for (int t = 0; t < TILES; t++) {
                 const Place place(first + t, x.size);
