@@ -557,6 +557,16 @@ inline Words interleave(Floats a, Floats b) {
 #endif
 }
 
+// Two rows of 16 channels as units: bf16 share them, fp32 lie a step apart.
+inline void write_units(Floats first, Floats second, float, size_t step, Unit *to) {
+    memcpy(to, &first, sizeof first);
+    memcpy(to + step, &second, sizeof second);
+}
+inline void write_units(Floats first, Floats second, bf16, size_t, Unit *to) {
+    Words both = interleave(first, second);
+    memcpy(to, &both, sizeof both);
+}
+
 // Combinations of a map as products over channels read them: [combination][tile][unit of channels].
 // Their distance is no power of two, or they would compete for places in the cache.
 template <class T, int C>
@@ -578,14 +588,8 @@ struct ByTile {
     static constexpr size_t COMBINATION = UNITS * C + 16, SIZE = COMBINATIONS * COMBINATION;
     Unit *at;
     void write(int combination, int tile, int c, Floats first, Floats second) {
-        Unit *to = at + combination * COMBINATION + tile / PER_UNIT<T> * C + c;
-        if (PER_UNIT<T> == 1) {
-            memcpy(to, &first, sizeof first);
-            memcpy(to + C, &second, sizeof second);
-        } else {
-            Words both = interleave(first, second);
-            memcpy(to, &both, sizeof both);
-        }
+        write_units(first, second, T(), C,
+                    at + combination * COMBINATION + tile / PER_UNIT<T> * C + c);
     }
 };
 
@@ -665,36 +669,33 @@ void write_outputs(const Floats *m, size_t row, size_t pixel, T *out) {
 }
 
 // The rows of G, times three numbers.
-inline void combine(const float *w, size_t step, float *to, size_t to_step) {
-    float outer = (w[0] + w[2 * step]) / 2, inner = w[step] / 2;
+inline void combine(const Floats *w, size_t step, Floats *to, size_t to_step) {
+    Floats outer = (w[0] + w[2 * step]) * 0.5f, inner = w[step] * 0.5f;
     to[0] = w[0];
     to[to_step] = outer + inner;
     to[2 * to_step] = outer - inner;
     to[3 * to_step] = w[2 * step];
 }
 
-// From weights w [co][ky][kx][ci] to G w G' as [combination][unit of ci][co], or, backward, of the
-// weights turned by half a circle, to [..][unit of co][ci].
+// G w G', of the weights w [co][ky][kx][ci] turned by half a circle, as [combination][unit of co][ci].
 template <class T>
-std::vector<Unit> combine_weights(const float *weights, int ci, int co, bool backward) {
-    const int read = backward ? co : ci, lanes = backward ? ci : co;
-    std::vector<float> combined(size_t(COMBINATIONS) * read * lanes);
-    for (int o = 0; o < co; o++)
-        for (int c = 0; c < ci; c++) {
-            float tap[9], rows[12];
-            for (int k = 0; k < 9; k++)
-                tap[k] = weights[(size_t(o) * 9 + (backward ? 8 - k : k)) * ci + c];
-            for (int kx = 0; kx < 3; kx++) combine(tap + kx, 3, rows + kx, 3);
-            size_t at = backward ? size_t(o) * ci + c : size_t(c) * co + o;
-            for (int i = 0; i < 4; i++)
-                combine(rows + 3 * i, 1, &combined[4 * i * size_t(read) * lanes + at],
-                        size_t(read) * lanes);
+std::vector<Unit> combine_weights(const float *weights, int ci, int co) {
+    const size_t combination = size_t(co) / PER_UNIT<T> * ci;
+    std::vector<Unit> packed(COMBINATIONS * combination);
+    for (int o = 0; o < co; o += 2)
+        for (int c = 0; c < ci; c += 16) {
+            Floats combined[2][COMBINATIONS];
+            for (int second = 0; second < 2; second++) {
+                Floats tap[9], rows[12];
+                for (int k = 0; k < 9; k++)
+                    tap[k] = load(weights + (size_t(o + second) * 9 + 8 - k) * ci + c);
+                for (int kx = 0; kx < 3; kx++) combine(tap + kx, 3, rows + kx, 3);
+                for (int i = 0; i < 4; i++) combine(rows + 3 * i, 1, combined[second] + 4 * i, 1);
+            }
+            Unit *to = &packed[size_t(o) / PER_UNIT<T> * ci + c];
+            for (int k = 0; k < COMBINATIONS; k++, to += combination)
+                write_units(combined[0][k], combined[1][k], T(), ci, to);
         }
-    std::vector<Unit> packed(combined.size() / PER_UNIT<T>);
-    for (size_t u = 0; u < packed.size() / lanes; u++)
-        for (int lane = 0; lane < lanes; lane++)
-            packed[u * lanes + lane] =
-                as_unit(&combined[u * PER_UNIT<T> * lanes + lane], lanes, T());
     return packed;
 }
 
@@ -927,7 +928,7 @@ template <class T, int C, bool MASK>
 void convolution_back(const Layer &layer, const Piece &piece, int threads) {
     const bool is_winograd = layer.stride == 1;
     const std::vector<Unit> weights =
-        is_winograd ? combine_weights<T>(layer.weight, layer.ci, C, true)
+        is_winograd ? combine_weights<T>(layer.weight, layer.ci, C)
                     : pack_weights<T>(layer.weight, layer.ci, C, true);
     const Gradient<T, C, MASK> gradient(layer, piece.group);
     const int size = layer.size / layer.stride;
