@@ -154,9 +154,18 @@ std::vector<Piece> pieces(const Layer &layer) {
     return found;
 }
 
-// Call work(first, count, total) for shards of `at_once` images, and add up the totals [2][C] in
-// the shards' order, into sums[0] and sums[1], a group's stride apart. Which thread takes which
-// shard is left to chance, and does not show.
+// Add up totals [..][2][C], in their order, into sums[0] and sums[1], a group's stride apart.
+void add_up(const std::vector<double> &totals, int C, double *sums, size_t stride) {
+    for (size_t k = 0; k < 2; k++)
+        for (int c = 0; c < C; c++) {
+            sums[k * stride + c] = 0;
+            for (size_t i = k * C + c; i < totals.size(); i += 2 * C)
+                sums[k * stride + c] += totals[i];
+        }
+}
+
+// Call work(first, count, total) for shards of `at_once` images, and add up the totals [2][C]. Which
+// thread takes which shard is left to chance, and does not show.
 template <int C, class Work>
 void over_shards(const Piece &piece, int at_once, int threads, double *sums, size_t stride,
                  Work work) {
@@ -170,12 +179,7 @@ void over_shards(const Piece &piece, int at_once, int threads, double *sums, siz
             of_thread(piece.first + s * at_once, std::min(at_once, piece.count - s * at_once),
                       &partial[size_t(s) * 2 * C]);
     }
-    for (int k = 0; k < 2; k++)
-        for (int c = 0; c < C; c++) {
-            sums[k * stride + c] = 0;
-            for (int s = 0; s < shards; s++)
-                sums[k * stride + c] += partial[(size_t(s) * 2 + k) * C + c];
-        }
+    add_up(partial, C, sums, stride);
 }
 
 // The sums of y and of its square over a piece.
@@ -247,62 +251,85 @@ Floats second_at(const T *grad2, int width, int64_t r, int v) {
     return load(grad2 + (i / 2 * (width / 2) + j / 2) * 2 * C + 16 * v);
 }
 
-// out = relu(scale * y + shift + residual).
+// out = relu(scale * y + shift + residual), of image n.
 template <class T, int C, int RESIDUAL>
-void apply(const Layer &layer, const Piece &piece, int threads) {
-    const Affine<C> affine(layer, piece.group);
+void write_out(const Layer &layer, int group, int n) {
+    const Affine<C> affine(layer, group);
     const Pixel<C> a = affine.scale, b = affine.shift;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int n = piece.first; n < piece.first + piece.count; n++) {
-        const T *y = layer.map<T>(layer.y, n, layer.y_size());
-        const T *residual = layer.map<T>(layer.residual, n, layer.y_size() * std::max(1, RESIDUAL));
-        T *out = layer.map<T>(layer.out, n, layer.y_size());
-        for (int64_t r = 0; r < layer.pixels; r++)
+    const int64_t size = layer.y_size();
+    const T *y = layer.map<T>(layer.y, n, size);
+    const T *residual = layer.map<T>(layer.residual, n, size * std::max(1, RESIDUAL));
+    T *out = layer.map<T>(layer.out, n, size);
+    for (int64_t r = 0; r < layer.pixels; r++)
+        for (int v = 0; v < C / 16; v++) {
+            int64_t i = r * C + 16 * v;
+            Floats result = load(y + i) * a.part[v] + b.part[v];
+            if (RESIDUAL) result += residual_at<T, C, RESIDUAL>(residual, layer.width, r, v);
+            store(result < 0 ? Floats{} : result, out + i);  // NaN stays
+        }
+}
+
+using WriteOut = void (*)(const Layer &layer, int group, int n);
+
+template <class T>
+WriteOut write_out_of(const Layer &layer) {
+    BY_CHANNELS(layer.co, {
+        if (!layer.residual) return write_out<T, C_, 0>;
+        return layer.residual_stride == 1 ? write_out<T, C_, 1> : write_out<T, C_, 2>;
+    })
+    return nullptr;
+}
+
+// g = (grad1 + grad2) where the output was positive, of image n. To total[0:C] the sum of g is added,
+// to total[C:2C] that of g * (y - mean). With a residual the output is looked at and g is written
+// down; without, both are found again.
+template <class T, int C, bool HAS_RESIDUAL, int SECOND>
+void add_grad_statistics(const Layer &layer, int group, int n, double *total) {
+    const Affine<C> affine(layer, group);
+    const Pixel<C> m = affine.mean, a = affine.scale, b = affine.shift;
+    const int64_t size = layer.y_size();
+    const T *grad1 = layer.map<T>(layer.grad1, n, size);
+    const T *grad2 = layer.map<T>(layer.grad2, n, size / std::max(1, SECOND));
+    const T *y = layer.map<T>(layer.y, n, size), *out = layer.map<T>(layer.out, n, size);
+    T *masked = layer.map<T>(layer.masked, n, size);
+    for (int64_t start = 0; start < layer.pixels; start += CHUNK) {
+        Floats sum[C / 16] = {}, dot[C / 16] = {};
+        const int64_t stop = std::min<int64_t>(layer.pixels, start + CHUNK);
+#pragma GCC unroll 2
+        for (int64_t r = start; r < stop; r++)
             for (int v = 0; v < C / 16; v++) {
                 int64_t i = r * C + 16 * v;
-                Floats result = load(y + i) * a.part[v] + b.part[v];
-                if (RESIDUAL) result += residual_at<T, C, RESIDUAL>(residual, layer.width, r, v);
-                store(result < 0 ? Floats{} : result, out + i);  // NaN stays
+                Floats g = load(grad1 + i), from = load(y + i);
+                if (SECOND) g += second_at<T, C, SECOND>(grad2, layer.width, r, v);
+                Floats o = HAS_RESIDUAL ? load(out + i) : from * a.part[v] + b.part[v];
+                g = o > 0 ? g : Floats{};
+                if (HAS_RESIDUAL || SECOND) store(g, masked + i);
+                sum[v] += g;
+                dot[v] += g * (from - m.part[v]);
             }
+        for (int c = 0; c < C; c++) {
+            total[c] += sum[c / 16][c % 16];
+            total[C + c] += dot[c / 16][c % 16];
+        }
     }
 }
 
-// g = (grad1 + grad2) where the output was positive. The sums of g and of g * (y - mean). With a
-// residual the output is looked at and g is written down; without, both are found again.
-template <class T, int C, bool HAS_RESIDUAL, int SECOND>
-void grad_statistics(const Layer &layer, const Piece &piece, int threads) {
-    const Affine<C> affine(layer, piece.group);
-    size_t stride = size_t(layer.groups) * C;
-    over_shards<C>(piece, 1, threads, layer.grad_sums + piece.group * C, stride, [&] {
-        return [&](int n, int, double *total) {
-            const Pixel<C> m = affine.mean, a = affine.scale, b = affine.shift;
-            const int64_t size = layer.y_size();
-            const T *grad1 = layer.map<T>(layer.grad1, n, size);
-            const T *grad2 = layer.map<T>(layer.grad2, n, size / std::max(1, SECOND));
-            const T *y = layer.map<T>(layer.y, n, size), *out = layer.map<T>(layer.out, n, size);
-            T *masked = layer.map<T>(layer.masked, n, size);
-            for (int64_t start = 0; start < layer.pixels; start += CHUNK) {
-                Floats sum[C / 16] = {}, dot[C / 16] = {};
-                const int64_t stop = std::min<int64_t>(layer.pixels, start + CHUNK);
-#pragma GCC unroll 2
-                for (int64_t r = start; r < stop; r++)
-                    for (int v = 0; v < C / 16; v++) {
-                        int64_t i = r * C + 16 * v;
-                        Floats g = load(grad1 + i), from = load(y + i);
-                        if (SECOND) g += second_at<T, C, SECOND>(grad2, layer.width, r, v);
-                        Floats o = HAS_RESIDUAL ? load(out + i) : from * a.part[v] + b.part[v];
-                        g = o > 0 ? g : Floats{};
-                        if (HAS_RESIDUAL || SECOND) store(g, masked + i);
-                        sum[v] += g;
-                        dot[v] += g * (from - m.part[v]);
-                    }
-                for (int c = 0; c < C; c++) {
-                    total[c] += sum[c / 16][c % 16];
-                    total[C + c] += dot[c / 16][c % 16];
-                }
-            }
-        };
-    });
+using AddGradStatistics = void (*)(const Layer &layer, int group, int n, double *total);
+
+template <class T, int C, bool HAS_RESIDUAL>
+AddGradStatistics add_grad_statistics_of(const Layer &layer) {
+    if (!layer.grad2) return add_grad_statistics<T, C, HAS_RESIDUAL, 0>;
+    return layer.grad2_stride == 1 ? add_grad_statistics<T, C, HAS_RESIDUAL, 1>
+                                   : add_grad_statistics<T, C, HAS_RESIDUAL, 2>;
+}
+
+template <class T>
+AddGradStatistics add_grad_statistics_of(const Layer &layer) {
+    BY_CHANNELS(layer.co, {
+        return layer.residual ? add_grad_statistics_of<T, C_, true>(layer)
+                              : add_grad_statistics_of<T, C_, false>(layer);
+    })
+    return nullptr;
 }
 
 // This process's gradients of BatchNorm's weight and bias, from its own sums.
@@ -898,18 +925,21 @@ constexpr int FORWARD_SHARD = 4;  // images; smaller ones end more evenly
 template <int C> constexpr int BACKWARD_SHARD = C == 64 ? 8 : 4;  // each has weights to add up
 constexpr int AT_ONCE = 4;  // images of 8x8 whose products are added up before they are stored
 
-// y = convolution of x, and the sums of y as `statistics` has them.
+// y = convolution of x, and the sums of y as `statistics` has them. If there is a layer below whose
+// output x is, that is written first, image by image.
 template <class T, int C>
-void convolution(const Layer &layer, const Piece &piece, int threads) {
+void convolution(const Layer &layer, const Layer *below, const Piece &piece, int threads) {
     const std::vector<Unit> weights = pack_weights<T>(layer.weight, layer.ci, C, false);
+    const WriteOut write_below = below ? write_out_of<T>(*below) : nullptr;
     size_t stride = size_t(layer.groups) * C;
     over_shards<C>(piece, FORWARD_SHARD, threads, layer.sums + piece.group * C, stride, [&] {
         static thread_local Buffer<T> buffer;
         return [&, padded = Padded<T>(buffer, layer.size, layer.ci)](int first, int count,
                                                                      double *total) mutable {
             for (int n = first; n < first + count; n++) {
+                if (below) write_below(*below, piece.group, n);
                 padded.fill(layer.map<T>(layer.x, n, layer.x_size()));
-                prefetch<T>(layer, layer.x, n + 1, layer.x_size());
+                prefetch<T>(layer, below ? below->y : layer.x, n + 1, layer.x_size());
                 T *y = layer.map<T>(layer.y, n, layer.y_size());
                 BY_CHANNELS(layer.ci, {
                     constexpr int UNITS = C_ / PER_UNIT<T>;
@@ -924,8 +954,9 @@ void convolution(const Layer &layer, const Piece &piece, int threads) {
 }
 
 // The gradients of x and of the weights; that of y is found image by image and never written down.
+// If there is a layer below whose output x is, its sums of gradients are taken at once.
 template <class T, int C, bool MASK>
-void convolution_back(const Layer &layer, const Piece &piece, int threads) {
+void convolution_back(const Layer &layer, const Layer *below, const Piece &piece, int threads) {
     const bool is_winograd = layer.stride == 1;
     const std::vector<Unit> weights =
         is_winograd ? combine_weights<T>(layer.weight, layer.ci, C)
@@ -936,6 +967,8 @@ void convolution_back(const Layer &layer, const Piece &piece, int threads) {
     const int shards = (piece.count + BACKWARD_SHARD<C> - 1) / BACKWARD_SHARD<C>;
     const size_t numbers = size_t(9) * layer.ci * C;
     const std::unique_ptr<float[]> partial(new float[shards * numbers]);
+    const AddGradStatistics add_below = below ? add_grad_statistics_of<T>(*below) : nullptr;
+    std::vector<double> below_totals(below ? size_t(piece.count) * 2 * layer.ci : 0);
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Buffer<T> buffer_x[AT_ONCE], buffer_g[AT_ONCE];
@@ -962,6 +995,7 @@ void convolution_back(const Layer &layer, const Piece &piece, int threads) {
                     for (int64_t i = 0; i < size; i++)
                         gradient.write(n, i * size, (i + 1) * size, g[k].row(int(i)));
                     prefetch<T>(layer, layer.x, n, layer.x_size());
+                    if (below) prefetch<T>(layer, below->y, n, layer.x_size());
                     prefetch<T>(layer, layer.y, n + 1, layer.y_size());
                     prefetch<T>(layer, gradient.of(), n + 1, layer.y_size());
                     T *grad_x = layer.map<T>(layer.grad_x, n, layer.x_size());
@@ -969,6 +1003,9 @@ void convolution_back(const Layer &layer, const Piece &piece, int threads) {
                     else
                         convolve_back<T, C / PER_UNIT<T>>(g[k], weights, layer.ci, layer.stride,
                                                           grad_x);
+                    if (below)
+                        add_below(*below, piece.group, n,
+                                  &below_totals[size_t(first + k) * 2 * layer.ci]);
                     x[k].fill(layer.map<T>(layer.x, n, layer.x_size()));
                     if (is_winograd) continue;
                     steps_of(x[k], layer.stride, packed[k], taps[k]);
@@ -994,39 +1031,58 @@ void convolution_back(const Layer &layer, const Piece &piece, int threads) {
             for (int v = 0; v < C; v++) store(total.part[v], layer.weight_grad + block + 16 * v);
         }
     }
+    if (below)
+        add_up(below_totals, layer.ci, below->grad_sums + piece.group * layer.ci,
+               size_t(layer.groups) * layer.ci);
 }
 
-template <class T, int C>
-void forward_sums(const Layer &layer, int threads) {
+// A layer's parts. Between sums and rest processes exchange the sums; `below` is the layer whose rest
+// forward, and whose sums backward, are done on the way.
+
+template <class T>
+void forward_sums(const Layer &layer, const Layer *below, int threads) {
     for (const Piece &piece : pieces(layer))
-        if (layer.convolves) convolution<T, C>(layer, piece, threads);
-        else statistics<T, C>(layer, piece, threads);
+        BY_CHANNELS(layer.co, {
+            if (layer.convolves) convolution<T, C_>(layer, below, piece, threads);
+            else statistics<T, C_>(layer, piece, threads);
+        })
 }
 
-template <class T, int C>
-void forward_rest(const Layer &layer, int threads) {
-    finish_statistics(layer);
-    for (const Piece &piece : pieces(layer))
-        if (!layer.residual) apply<T, C, 0>(layer, piece, threads);
-        else if (layer.residual_stride == 1) apply<T, C, 1>(layer, piece, threads);
-        else apply<T, C, 2>(layer, piece, threads);
+template <class T>
+void write_out(const Layer &layer, int threads) {
+    const WriteOut write = write_out_of<T>(layer);
+    for (const Piece &piece : pieces(layer)) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (int n = piece.first; n < piece.first + piece.count; n++)
+            write(layer, piece.group, n);
+    }
 }
 
-template <class T, int C, bool HAS_RESIDUAL>
+template <class T>
 void backward_sums(const Layer &layer, int threads) {
+    const AddGradStatistics add = add_grad_statistics_of<T>(layer);
     for (const Piece &piece : pieces(layer))
-        if (!layer.grad2) grad_statistics<T, C, HAS_RESIDUAL, 0>(layer, piece, threads);
-        else if (layer.grad2_stride == 1)
-            grad_statistics<T, C, HAS_RESIDUAL, 1>(layer, piece, threads);
-        else grad_statistics<T, C, HAS_RESIDUAL, 2>(layer, piece, threads);
+        BY_CHANNELS(layer.co, over_shards<C_>(
+            piece, 1, threads, layer.grad_sums + piece.group * C_, size_t(layer.groups) * C_, [&] {
+                return [&](int n, int, double *total) { add(layer, piece.group, n, total); };
+            });)
     parameter_gradients(layer);
 }
 
 template <class T, int C, bool MASK>
-void backward_rest(const Layer &layer, int threads) {
+void backward_rest(const Layer &layer, const Layer *below, int threads) {
     for (const Piece &piece : pieces(layer))
-        if (layer.convolves) convolution_back<T, C, MASK>(layer, piece, threads);
+        if (layer.convolves) convolution_back<T, C, MASK>(layer, below, piece, threads);
         else grad_apply<T, C, MASK>(layer, piece, threads);
+}
+
+template <class T>
+void backward_rest(const Layer &layer, const Layer *below, int threads) {
+    BY_CHANNELS(layer.co, {
+        if (layer.masked) backward_rest<T, C_, false>(layer, below, threads);
+        else backward_rest<T, C_, true>(layer, below, threads);
+    })
+    if (below) parameter_gradients(*below);
 }
 
 // What kernels.py calls Crops: images (N, H, W, 3), which of them, and of each where it is cut and
@@ -1070,37 +1126,32 @@ void crop(const Crops &crops) {
 
 }  // namespace
 
-// A layer is two parts each way, between which processes add up their sums; a chain is all layers.
-#define FOR_TYPE(T, NAME)                                                           \
-    void forward_sums_##NAME(const Layer *layer, int threads) {                     \
-        BY_CHANNELS(layer->co, (forward_sums<T, C_>(*layer, threads)))              \
-    }                                                                               \
-    void forward_rest_##NAME(const Layer *layer, int threads) {                     \
-        BY_CHANNELS(layer->co, (forward_rest<T, C_>(*layer, threads)))              \
-    }                                                                               \
-    void backward_sums_##NAME(const Layer *layer, int threads) {                    \
-        BY_CHANNELS(layer->co, {                                                    \
-            if (layer->residual) backward_sums<T, C_, true>(*layer, threads);       \
-            else backward_sums<T, C_, false>(*layer, threads);                      \
-        })                                                                          \
-    }                                                                               \
-    void backward_rest_##NAME(const Layer *layer, int threads) {                    \
-        BY_CHANNELS(layer->co, {                                                    \
-            if (layer->masked) backward_rest<T, C_, false>(*layer, threads);        \
-            else backward_rest<T, C_, true>(*layer, threads);                       \
-        })                                                                          \
-    }                                                                               \
-    void forward_##NAME(const Layer *layers, int count, int threads) {              \
-        for (int k = 0; k < count; k++) {                                           \
-            forward_sums_##NAME(layers + k, threads);                               \
-            forward_rest_##NAME(layers + k, threads);                               \
-        }                                                                           \
-    }                                                                               \
-    void backward_##NAME(const Layer *layers, int count, int threads) {             \
-        for (int k = count - 1; k >= 0; k--) {                                      \
-            backward_sums_##NAME(layers + k, threads);                              \
-            backward_rest_##NAME(layers + k, threads);                              \
-        }                                                                           \
+// A layer is two parts each way; a chain is all its layers, in one process.
+#define FOR_TYPE(T, NAME)                                                            \
+    void forward_sums_##NAME(const Layer *layer, int threads) {                      \
+        forward_sums<T>(*layer, nullptr, threads);                                   \
+    }                                                                                \
+    void forward_rest_##NAME(const Layer *layer, int threads) {                      \
+        finish_statistics(*layer);                                                   \
+        write_out<T>(*layer, threads);                                               \
+    }                                                                                \
+    void backward_sums_##NAME(const Layer *layer, int threads) {                     \
+        backward_sums<T>(*layer, threads);                                           \
+    }                                                                                \
+    void backward_rest_##NAME(const Layer *layer, int threads) {                     \
+        backward_rest<T>(*layer, nullptr, threads);                                  \
+    }                                                                                \
+    void forward_##NAME(const Layer *layers, int count, int threads) {               \
+        for (int k = 0; k < count; k++) {                                            \
+            forward_sums<T>(layers[k], k ? &layers[k - 1] : nullptr, threads);       \
+            finish_statistics(layers[k]);                                            \
+        }                                                                            \
+        write_out<T>(layers[count - 1], threads);                                    \
+    }                                                                                \
+    void backward_##NAME(const Layer *layers, int count, int threads) {              \
+        backward_sums<T>(layers[count - 1], threads);                                \
+        for (int k = count - 1; k >= 0; k--)                                         \
+            backward_rest<T>(layers[k], k ? &layers[k - 1] : nullptr, threads);      \
     }
 
 extern "C" {
