@@ -218,6 +218,7 @@ class _Maps:
         out = self.xs[-1] = torch.empty_like(self.xs[-1])
         self.layers[0].x, self.layers[-1].out = x.data_ptr(), out.data_ptr()
         for link, layer in zip(self.links, self.layers, strict=True):
+            assert link.conv.weight.is_contiguous(memory_format=torch.channels_last)
             layer.weight, layer.bn_weight, layer.bn_bias = (p.data_ptr() for p in link.parameters)
             layer.running_mean, layer.running_var, layer.num_batches_tracked = (
                 buffer.data_ptr() for buffer in link.bn.buffers()
@@ -285,7 +286,7 @@ class _Maps:
             of_y = torch.empty_like(y)
             if not layer.convolves:
                 layer.grad_x = of_y.data_ptr()
-            self.kernels.call("backward_sums", layer, self.dtype)  # DDP adds other processes'
+            self.kernels.call("backward_sums", layer, self.dtype)
             self.groups.sum_over_processes(self.sums[place][3:])
             self.kernels.call("backward_rest", layer, self.dtype)
             if not layer.convolves:

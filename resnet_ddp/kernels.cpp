@@ -450,33 +450,56 @@ struct Padded {
     }
 };
 
-inline Unit as_unit(const float *values, size_t, float) {
-    Unit result;
-    memcpy(&result, values, sizeof result);
-    return result;
-}
-inline Unit as_unit(const float *values, size_t stride, bf16) {
-    auto narrow = [](float x) {
-        Unit bits;
-        memcpy(&bits, &x, sizeof bits);
-        return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    };
-    return narrow(values[0]) | narrow(values[stride]) << 16;
+// Two numbers a unit, channel by channel: a's and b's.
+inline Words interleave(Floats a, Floats b) {
+#ifdef __AVX512BF16__
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                           16, 0);
+    __m512bh halves = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (Words)_mm512_permutexvar_epi16(order, (__m512i)halves);
+#else
+    auto rounded = [](Words bits) { return bits + 0x7fff + ((bits >> 16) & 1); };
+    return rounded((Words)a) >> 16 | (rounded((Words)b) & 0xffff0000u);
+#endif
 }
 
-// From weights [co][ky][kx][ci] to [ky][kx][unit of ci][co], or, backward, to [..][unit of co][ci].
+// Two rows of 16 channels as units: bf16 share them, fp32 lie a step apart.
+inline void write_units(Floats first, Floats second, float, size_t step, Unit *to) {
+    memcpy(to, &first, sizeof first);
+    memcpy(to + step, &second, sizeof second);
+}
+inline void write_units(Floats first, Floats second, bf16, size_t, Unit *to) {
+    Words both = interleave(first, second);
+    memcpy(to, &both, sizeof both);
+}
+
+// From weights [co][ky][kx][ci] to [ky][kx][unit of ci][co].
 template <class T>
-std::vector<Unit> pack_weights(const float *weights, int ci, int co, bool backward) {
-    size_t stride = backward ? size_t(9) * ci : 1, lane_stride = backward ? 1 : size_t(9) * ci;
-    int units = (backward ? co : ci) / PER_UNIT<T>, lanes = backward ? ci : co;
-    std::vector<Unit> packed(size_t(9) * units * lanes);
-    for (int tap = 0; tap < 9; tap++)
-        for (int u = 0; u < units; u++)
-            for (int lane = 0; lane < lanes; lane++)
-                packed[(size_t(tap) * units + u) * lanes + lane] =
-                    as_unit(weights + size_t(tap) * ci + u * PER_UNIT<T> * stride +
-                                lane * lane_stride,
-                            stride, T());
+std::vector<Unit> pack_weights(const float *weights, int ci, int co) {
+    constexpr int COUNT = 16 / PER_UNIT<T>;
+    std::vector<Unit> packed(size_t(9) * ci / PER_UNIT<T> * co);
+    for (int o = 0; o < co; o++)
+        for (int i = 0; i < 9 * ci; i += 16, weights += 16) {
+            Unit units[COUNT];
+            store(load(weights), (T *)units);
+            for (int u = 0; u < COUNT; u++)
+                packed[size_t(i / PER_UNIT<T> + u) * co + o] = units[u];
+        }
+    return packed;
+}
+
+// For the gradient of x: to [ky][kx][unit of co][ci].
+template <class T>
+std::vector<Unit> pack_weights_back(const float *weights, int ci, int co) {
+    const size_t tap = size_t(co) / PER_UNIT<T> * ci;
+    std::vector<Unit> packed(9 * tap);
+    for (int o = 0; o < co; o += 2)
+        for (int i = 0; i < 9 * ci; i += 16) {
+            const float *first = weights + size_t(o) * 9 * ci + i;
+            write_units(load(first), load(first + 9 * ci), T(), ci,
+                        &packed[i / ci * tap + size_t(o) / PER_UNIT<T> * ci + i % ci]);
+        }
     return packed;
 }
 
@@ -569,30 +592,6 @@ void convolve_back(const Padded<T> &g, const std::vector<Unit> &weights, int ci,
 // worked on at once, in pairs that lie side by side.
 constexpr int COMBINATIONS = 16;
 constexpr int TILES = 16;
-
-// Two numbers a unit, channel by channel: a's and b's.
-inline Words interleave(Floats a, Floats b) {
-#ifdef __AVX512BF16__
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                           16, 0);
-    __m512bh halves = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    return (Words)_mm512_permutexvar_epi16(order, (__m512i)halves);
-#else
-    auto rounded = [](Words bits) { return bits + 0x7fff + ((bits >> 16) & 1); };
-    return rounded((Words)a) >> 16 | (rounded((Words)b) & 0xffff0000u);
-#endif
-}
-
-// Two rows of 16 channels as units: bf16 share them, fp32 lie a step apart.
-inline void write_units(Floats first, Floats second, float, size_t step, Unit *to) {
-    memcpy(to, &first, sizeof first);
-    memcpy(to + step, &second, sizeof second);
-}
-inline void write_units(Floats first, Floats second, bf16, size_t, Unit *to) {
-    Words both = interleave(first, second);
-    memcpy(to, &both, sizeof both);
-}
 
 // Combinations of a map as products over channels read them: [combination][tile][unit of channels].
 // Their distance is no power of two, or they would compete for places in the cache.
@@ -929,7 +928,7 @@ constexpr int AT_ONCE = 4;  // images of 8x8 whose products are added up before 
 // output x is, that is written first, image by image.
 template <class T, int C>
 void convolution(const Layer &layer, const Layer *below, const Piece &piece, int threads) {
-    const std::vector<Unit> weights = pack_weights<T>(layer.weight, layer.ci, C, false);
+    const std::vector<Unit> weights = pack_weights<T>(layer.weight, layer.ci, C);
     const WriteOut write_below = below ? write_out_of<T>(*below) : nullptr;
     size_t stride = size_t(layer.groups) * C;
     over_shards<C>(piece, FORWARD_SHARD, threads, layer.sums + piece.group * C, stride, [&] {
@@ -960,7 +959,7 @@ void convolution_back(const Layer &layer, const Layer *below, const Piece &piece
     const bool is_winograd = layer.stride == 1;
     const std::vector<Unit> weights =
         is_winograd ? combine_weights<T>(layer.weight, layer.ci, C)
-                    : pack_weights<T>(layer.weight, layer.ci, C, true);
+                    : pack_weights_back<T>(layer.weight, layer.ci, C);
     const Gradient<T, C, MASK> gradient(layer, piece.group);
     const int size = layer.size / layer.stride;
     const int at_once = std::max(1, std::min(AT_ONCE, AT_ONCE * 8 / size));
