@@ -131,6 +131,7 @@ class _Run(torch.autograd.Function):
         x = _channels_last(x, dtype)
         ctx.maps = chain.maps(x)
         out = ctx.maps.forward(x, residual)
+        ctx.save_for_backward(x, *parameters)  # to be watched for changes
         ctx.count = ctx.maps.count
         ctx.set_materialize_grads(False)
         return out, out.view_as(out)
@@ -138,6 +139,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         maps: _Maps = ctx.maps
+        _ = ctx.saved_tensors  # raises if one was changed
         if ctx.count != maps.count:
             raise RuntimeError("these maps were overwritten: backward must follow its own forward")
         present = [_channels_last(grad, maps.dtype) for grad in grads if grad is not None]
@@ -146,7 +148,11 @@ class _Run(torch.autograd.Function):
 
 
 class _Maps:
-    """The maps of a chain's layers, the same memory in every step, and the calls that fill them.
+    """The maps of a chain's layers and the calls that fill them.
+
+    Their memory is the same in every step and held between steps: for ResNet-110 and 128 images
+    0.5 GB in bf16. Only the output is new each time. What belongs to a graph is kept detached, or
+    the graph, which holds these maps, would hold itself.
 
     Attributes:
         count: how often forward was run; backward finds the maps of the last time.
@@ -155,9 +161,10 @@ class _Maps:
     def __init__(self, kernels: Kernels, links: Sequence[Link], x: Tensor) -> None:
         self.kernels, self.links, self.shape, self.dtype = kernels, links, x.shape, x.dtype
         self.groups = _groups(links[0].bn, len(x))
+        assert len(x) == self.groups.share.stop - self.groups.share.start
         self.count = 0
         self.layers = (Layer * len(links))()
-        self.xs, self.ys = [x], []  # the last of xs is the output
+        self.xs, self.ys = [x.detach()], []  # the last of xs is the output
         self.affine, self.sums = [], []
         self.residual: Tensor | None = None
         images, channels, height, width = x.shape
@@ -166,6 +173,7 @@ class _Maps:
             layer.ci, layer.co, layer.size = channels, len(link.conv.weight), height
             assert layer.co in CHANNELS  # the kernels would leave others undone in silence
             layer.stride, _ = link.conv.stride
+            assert height % layer.stride == width % layer.stride == 0
             channels, height, width = layer.co, height // layer.stride, width // layer.stride
             layer.pixels, layer.width = height * width, width
             layer.images, layer.first = images, self.groups.share.start
@@ -214,8 +222,10 @@ class _Maps:
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Fill the maps, and return the output, which is new each time."""
         self.count += 1
-        self.xs[0], self.residual = x, residual
-        out = self.xs[-1] = torch.empty_like(self.xs[-1])
+        self.xs[0] = x.detach()
+        self.residual = None if residual is None else residual.detach()
+        out = torch.empty_like(self.xs[-1])
+        self.xs[-1] = out.detach()
         self.layers[0].x, self.layers[-1].out = x.data_ptr(), out.data_ptr()
         for link, layer in zip(self.links, self.layers, strict=True):
             assert link.conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -271,32 +281,34 @@ class _Maps:
                 y = F.conv2d(self.xs[place], weight, None, conv.stride, conv.padding)
                 self.ys[place] = _channels_last(y, self.dtype)
                 layer.y = self.ys[place].data_ptr()
-            sums = self.sums[place].zero_()  # those of groups that are all in other processes
+            sums = self.sums[place][:2].zero_()  # those of groups that are all in other processes
             self.kernels.call("forward_sums", layer, self.dtype)
-            self.groups.sum_over_processes(sums[:2])
+            self.groups.sum_over_processes(sums)
             self.kernels.call("forward_rest", layer, self.dtype)
 
     def _backward_apart(
         self, grad_x: Tensor, parameters: list[Tensor], *, needs_x: bool
     ) -> Tensor | None:
-        """Go back layer by layer; return the gradient of x, which is grad_x if we convolve."""
-        of_x: Tensor | None = grad_x
+        """Go back layer by layer; return the gradient of x: grad_x, unless PyTorch finds it."""
+        of_x: Tensor | None = None
         for place in reversed(range(len(self.links))):
-            conv, layer, y = self.links[place].conv, self.layers[place], self.ys[place]
-            of_y = torch.empty_like(y)
-            if not layer.convolves:
+            layer, sums = self.layers[place], self.sums[place][3:].zero_()
+            of_y = None if layer.convolves else torch.empty_like(self.ys[place])
+            if of_y is not None:
                 layer.grad_x = of_y.data_ptr()
             self.kernels.call("backward_sums", layer, self.dtype)
-            self.groups.sum_over_processes(self.sums[place][3:])
+            self.groups.sum_over_processes(sums)
             self.kernels.call("backward_rest", layer, self.dtype)
-            if not layer.convolves:
-                of_x, parameters[3 * place] = _convolution_back(
-                    conv, of_y, self.xs[place], needs_x=place > 0 or needs_x
-                )
-                if place:
-                    assert of_x is not None
-                    of_x = _channels_last(of_x, self.dtype)
-                    self.layers[place - 1].grad1 = of_x.data_ptr()
+            if of_y is None:
+                of_x = grad_x
+                continue
+            of_x, parameters[3 * place] = _convolution_back(
+                self.links[place].conv, of_y, self.xs[place], needs_x=place > 0 or needs_x
+            )
+            if place:
+                assert of_x is not None
+                of_x = _channels_last(of_x, self.dtype)  # the layer below reads it
+                self.layers[place - 1].grad1 = of_x.data_ptr()
         return of_x
 
 

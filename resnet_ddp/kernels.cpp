@@ -281,8 +281,8 @@ WriteOut write_out_of(const Layer &layer) {
 }
 
 // g = (grad1 + grad2) where the output was positive, of image n. To total[0:C] the sum of g is added,
-// to total[C:2C] that of g * (y - mean). With a residual the output is looked at and g is written
-// down; without, both are found again.
+// to total[C:2C] that of g * (y - mean). With a residual the output is looked at, without one it is
+// found again; g is written down unless it is grad1 where the output was positive, and no more.
 template <class T, int C, bool HAS_RESIDUAL, int SECOND>
 void add_grad_statistics(const Layer &layer, int group, int n, double *total) {
     const Affine<C> affine(layer, group);

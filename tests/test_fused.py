@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import cast
 
@@ -48,11 +50,12 @@ def tensors_of(
     dtype: torch.dtype = torch.float32,
     autocast: bool = False,
     groups: Groups | None = None,
+    size: int = 32,
 ) -> tuple[Tensors, Tensors]:
     """Return gradients and running statistics of one training step."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(64, 3, 32, 32, generator=generator)
+    images = torch.randn(64, 3, size, size, generator=generator)
     labels = torch.randint(10, (64,), generator=generator)
     model = build_model(name, num_classes=10, seed=0)
     if groups:
@@ -207,6 +210,36 @@ def test_bf16_is_as_close_to_float64_as_eager(bf16_kernels: Kernels, name: str) 
         return squares**0.5
 
     assert total(actual) < 1.1 * total(eager)  # roundings fall differently
+
+
+@pytest.mark.parametrize("size", [24, 40])
+def test_chains_of_our_convolutions_and_pytorchs(kernels: Kernels, size: int) -> None:
+    expected, _ = tensors_of("resnet20", dtype=torch.float64, size=size)
+    actual, _ = tensors_of("resnet20", kernels=kernels, size=size)
+    assert max(distance(actual[key], expected[key]) for key in expected) < 1e-2
+
+
+def test_maps_go_with_their_network(kernels: Kernels) -> None:
+    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+    maps = weakref.ref(network.chains[-1][1].maps(torch.randn(2, 16, 32, 32)))
+    gc.disable()
+    try:
+        del network
+        assert maps() is None
+    finally:
+        gc.enable()
+
+
+def test_weights_changed_before_backward_are_noticed(kernels: Kernels) -> None:
+    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loss = network(torch.randn(2, 3, 32, 32)).sum()
+    with torch.no_grad():
+        network.conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_groups_go_through(kernels: Kernels) -> None:
