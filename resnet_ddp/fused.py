@@ -159,7 +159,7 @@ class _Maps:
     """
 
     def __init__(self, kernels: Kernels, links: Sequence[Link], x: Tensor) -> None:
-        self.kernels, self.links, self.shape, self.dtype = kernels, links, x.shape, x.dtype
+        self.kernels, self.links, self.dtype = kernels, links, x.dtype
         self.groups = _groups(links[0].bn, len(x))
         assert len(x) == self.groups.share.stop - self.groups.share.start
         self.count = 0
@@ -217,7 +217,7 @@ class _Maps:
 
     def fit(self, x: Tensor) -> bool:
         """Whether they are for maps of this shape and type."""
-        return x.shape == self.shape and x.dtype == self.dtype
+        return x.shape == self.xs[0].shape and x.dtype == self.dtype
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Fill the maps, and return the output, which is new each time."""
@@ -381,7 +381,7 @@ def _chains(model: CifarNet) -> list[tuple[nn.Module | None, list[Link]]]:
             residual = None if shortcut is None else INPUT
         elif shortcut is not None:
             residual = len(chains[-1][1]) - 1
-            stride = getattr(shortcut, "stride", 1)
+            stride, _ = block.conv1.stride
         links = chains[-1][1]
         links += [
             Link(block.conv1, block.bn1),

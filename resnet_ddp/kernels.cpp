@@ -182,16 +182,20 @@ void over_shards(const Piece &piece, int at_once, int threads, double *sums, siz
     add_up(partial, C, sums, stride);
 }
 
+// The same over all of image n of y.
+template <class T, int C>
+void add_statistics_of(const Layer &layer, int n, double *total) {
+    const T *y = layer.map<T>(layer.y, n, layer.y_size());
+    for (int64_t r = 0; r < layer.pixels; r += CHUNK)
+        add_statistics<T, C>(y + r * C, std::min(CHUNK, layer.pixels - r), total);
+}
+
 // The sums of y and of its square over a piece.
 template <class T, int C>
 void statistics(const Layer &layer, const Piece &piece, int threads) {
     size_t stride = size_t(layer.groups) * C;
     over_shards<C>(piece, 1, threads, layer.sums + piece.group * C, stride, [&] {
-        return [&](int n, int, double *total) {
-            const T *y = layer.map<T>(layer.y, n, layer.y_size());
-            for (int64_t r = 0; r < layer.pixels; r += CHUNK)
-                add_statistics<T, C>(y + r * C, std::min(CHUNK, layer.pixels - r), total);
-        };
+        return [&](int n, int, double *total) { add_statistics_of<T, C>(layer, n, total); };
     });
 }
 
@@ -945,8 +949,7 @@ void convolution(const Layer &layer, const Layer *below, const Piece &piece, int
                     if (layer.stride == 1) convolve<T, UNITS, 1>(padded, weights, C, y);
                     else convolve<T, UNITS, 2>(padded, weights, C, y);
                 })
-                for (int64_t r = 0; r < layer.pixels; r += CHUNK)  // while it is in the cache
-                    add_statistics<T, C>(y + r * C, std::min(CHUNK, layer.pixels - r), total);
+                add_statistics_of<T, C>(layer, n, total);  // while it is in the cache
             }
         };
     });

@@ -43,6 +43,12 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def fused_network(kernels: Kernels) -> fused.FusedNet:
+    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
 def tensors_of(
     name: str,
     *,
@@ -220,8 +226,7 @@ def test_chains_of_our_convolutions_and_pytorchs(kernels: Kernels, size: int) ->
 
 
 def test_maps_go_with_their_network(kernels: Kernels) -> None:
-    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = fused_network(kernels)
     network(torch.randn(2, 3, 32, 32)).sum().backward()
     maps = weakref.ref(network.chains[-1][1].maps(torch.randn(2, 16, 32, 32)))
     gc.disable()
@@ -233,8 +238,7 @@ def test_maps_go_with_their_network(kernels: Kernels) -> None:
 
 
 def test_weights_changed_before_backward_are_noticed(kernels: Kernels) -> None:
-    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = fused_network(kernels)
     loss = network(torch.randn(2, 3, 32, 32)).sum()
     with torch.no_grad():
         network.conv.weight.mul_(2)
@@ -268,8 +272,7 @@ def test_augmentation_has_torchs_bits(kernels: Kernels, padding: int, mean: str)
 
 
 def test_backward_after_another_forward_is_refused(kernels: Kernels) -> None:
-    network = fused.fuse(build_model("resnet20", num_classes=10, seed=0), kernels)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = fused_network(kernels)
     images = torch.randn(2, 3, 32, 32)
     first = network(images).sum()
     network(images)
